@@ -1,0 +1,265 @@
+"""The command line `python -m artifex.train [CONFIG] --section.field VALUE ...`, made from the configuration's fields.
+
+A parser of our own: it must learn which model is meant before it knows its options, and answers every mistake in one
+line. Imports no JAX.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import re
+import shutil
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from artifex import models
+from artifex.config import Config, ModelConfig, field_types, sections
+from artifex.config_io import ConfigError, nearest, one_line, read_mapping, scalar
+
+SOURCE = "command line"
+PROGRAM = "python -m artifex.train"
+USAGE = f"{PROGRAM} [CONFIG] [--section.field VALUE ...] [--run-dir PATH] [--print-config] [--dry-run]"
+ABOUT = (
+    "Train a model. CONFIG is a .json or .yaml file that holds what differs from the defaults; without one the "
+    "quickstart is trained. Options win over the file."
+)
+FLAGS = {
+    "--print-config": "print the resolved configuration, which can be given as CONFIG, and stop",
+    "--dry-run": "print parameter count, shardings and memory per device, and stop",
+    "--help": "print this, with the values of CONFIG and the fields of --model.name, and stop",
+}
+_INTEGER = re.compile(r"[-+]?[0-9]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainCommand:
+    """What `python -m artifex.train` was asked to do."""
+
+    config: Config
+    run_dir: Path
+    print_config: bool
+    dry_run: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A field of the configuration as an option; `key` is its path, ("training", "steps")."""
+
+    key: tuple[str, ...]
+    annotation: Any
+    help: str
+
+    @property
+    def flag(self) -> str:
+        """What is typed: `--training.batch-size`. Underscores do as well."""
+        return "--" + ".".join(self.key).replace("_", "-")
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line on stderr and exit with code 2."""
+    print(f"error: {one_line(' '.join(message.splitlines()))}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Answer what a user can mend, `ValueError` (so `ConfigError`) and `OSError`, with one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(str(error))
+
+
+def parse_train(argv: list[str] | None = None) -> TrainCommand:
+    """Read the command line (None: the process's own). Exits with 0 after `--help`, with 2 for anything wrong."""
+    with user_errors():
+        files, given = _split(sys.argv[1:] if argv is None else argv)
+        if len(files) > 1:
+            raise ConfigError(f"there can be one CONFIG, got {' and '.join(files)}", source=SOURCE)
+        file = files[0] if files else ""
+        values = read_mapping(file) if files else {}
+        known = options(_model_name(values, given, file))
+        if "--help" in given:
+            name = {flag: words for flag, words in given.items() if flag == "--model.name"}
+            print(format_help(_resolve(values, name, known, file), known))
+            raise SystemExit(0)
+        flags = {flag: given.pop(flag, None) is not None for flag in FLAGS}
+        default = f"runs/{Path(file).stem or 'quickstart'}"
+        run_dir = " ".join(given.pop("--run-dir", [default]))
+        if not run_dir:
+            raise ConfigError("--run-dir is empty; name a folder", source=SOURCE)
+        config = _resolve(values, given, known, file)
+        return TrainCommand(config, Path(run_dir), flags["--print-config"], flags["--dry-run"])
+
+
+def options(model_name: str) -> list[Option]:
+    """Every field of the configuration, with those of the family that preset `model_name` belongs to."""
+    description = Config.model_fields["description"]
+    found = [Option(("description",), description.annotation, description.description or "")]
+    for key, section in sections().items():
+        for name, field in section.model_fields.items():
+            found.append(Option((key, name), field.annotation, field.description or ""))
+        if section is ModelConfig:
+            family = type(models.PRESETS[model_name])
+            comments = _comments(family)
+            found += [Option((key, name), kind, comments.get(name, "")) for name, kind in field_types(family).items()]
+    return found
+
+
+def value_of(config: Config, option: Option) -> Any:
+    """What `config` holds for `option`; for a model's field, the preset's value where it is not replaced."""
+    value: Any = config
+    for part in option.key:
+        value = getattr(value, part)
+    return value
+
+
+def kind_of(annotation: Any) -> str:
+    """The values an option takes: `INT`, `FLOAT|none`, `cosine|linear|constant`."""
+    if typing.get_origin(annotation) is Literal:
+        return "|".join(typing.get_args(annotation))
+    if typing.get_origin(annotation) is tuple:
+        return " ".join("..." if part is ... else kind_of(part) for part in typing.get_args(annotation))
+    members = _members(annotation)
+    if len(members) > 1:
+        return "|".join(kind_of(member) for member in members)
+    return {str: "TEXT", int: "INT", float: "FLOAT", bool: "true|false", types.NoneType: "none"}[members[0]]
+
+
+def text_of(value: Any) -> str:
+    """A value as it would be typed."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return " ".join(text_of(part) for part in value)
+    return repr(value) if isinstance(value, str) and (not value or " " in value) else str(value)
+
+
+def format_help(config: Config, known: list[Option]) -> str:
+    """The help page: every option with its value in `config`, grouped by section."""
+    width = min(shutil.get_terminal_size((100, 0)).columns, 100)
+    lines = [f"usage: {USAGE}", "", *textwrap.wrap(ABOUT, width), "", "run"]
+    default = "default: runs/ and the name of CONFIG"
+    lines += _entry("--run-dir PATH", f"folder of the run; one that is there already goes on ({default})", width)
+    for flag, what in FLAGS.items():
+        lines += _entry(flag, what, width)
+    section = ""
+    for option in known:
+        if len(option.key) == 2 and option.key[0] != section:
+            section = option.key[0]
+            what = (sections()[section].__doc__ or "").splitlines()[0]
+            lines += ["", *textwrap.wrap(f"{section}: {what}", width, subsequent_indent="  ")]
+        text = f"{option.help} (default: {text_of(value_of(config, option))})".strip()
+        lines += _entry(f"{option.flag} {kind_of(option.annotation)}", text, width)
+    return "\n".join(lines)
+
+
+def _entry(head: str, text: str, width: int, column: int = 42) -> list[str]:
+    unbroken = text.replace("(default: ", "(default:\xa0")
+    wrapped = textwrap.wrap(unbroken, max(width - column, 30), break_on_hyphens=False)
+    wrapped = [line.replace("\xa0", " ") for line in wrapped]
+    if len(head) + 4 > column:
+        return [f"  {head}", *(" " * column + line for line in wrapped)]
+    return [f"  {head:<{column - 2}}{wrapped[0]}", *(" " * column + line for line in wrapped[1:])]
+
+
+def _comments(family: type) -> dict[str, str]:
+    """Field -> the comment beside it: a family's fields are described where they are declared."""
+    found = re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(family), re.MULTILINE)
+    return {name: text for name, text in found}
+
+
+def _split(argv: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Words that are no options, and option -> its words: what follows `=`, or the next word and integers after it."""
+    files: list[str] = []
+    given: dict[str, list[str]] = {}
+    words = list(reversed(argv))
+    while words:
+        word = words.pop()
+        if not word.startswith("-"):
+            files.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        flag = "--help" if flag == "-h" else flag.replace("_", "-")
+        if flag in given:
+            raise ConfigError(f"{flag} is given twice; keep one of them", source=SOURCE)
+        given[flag] = [value] if equals else []
+        if flag in FLAGS:
+            if equals:
+                raise ConfigError(f"{flag} takes no value, got {value!r}", source=SOURCE)
+        elif not equals:
+            if not words or words[-1].startswith("--"):
+                raise ConfigError(f"{flag} needs a value, as in {flag}=VALUE", source=SOURCE)
+            given[flag].append(words.pop())
+            while words and _INTEGER.fullmatch(words[-1]):
+                given[flag].append(words.pop())
+    return files, given
+
+
+def _model_name(values: Mapping[str, Any], given: Mapping[str, list[str]], file: str) -> str:
+    """The preset meant, known before anything else is read, as its family decides which options there are."""
+    section = values.get("model", {})
+    name = section.get("name", ModelConfig().name) if isinstance(section, Mapping) else ModelConfig().name
+    if typed := given.get("--model.name"):
+        name = " ".join(typed)
+    try:
+        return ModelConfig(name=name).name
+    except ConfigError as error:
+        raise error.within("model", source=SOURCE if typed else file) from None
+
+
+def _resolve(values: Mapping[str, Any], given: Mapping[str, list[str]], known: list[Option], file: str) -> Config:
+    """The file's values, replaced by the given ones. An error is the file's where the file alone has it too."""
+    by_flag = {option.flag: option for option in known}
+    merged = {key: dict(part) if isinstance(part, Mapping) else part for key, part in values.items()}
+    for flag, words in given.items():
+        if flag not in by_flag:
+            near = nearest(flag, [*by_flag, *FLAGS, "--run-dir"])
+            hint = f"did you mean {near}?" if near else f"{PROGRAM} --help lists the options"
+            raise ConfigError(f"{flag} is unknown; {hint}", source=SOURCE)
+        option = by_flag[flag]
+        *outer, name = option.key
+        target = merged.setdefault(outer[0], {}) if outer else merged
+        if isinstance(target, dict):
+            target[name] = _value(option, words)
+    try:
+        return Config.from_dict(merged)
+    except ConfigError as error:
+        if file:
+            try:
+                Config.from_dict(values)
+            except ConfigError as alone:
+                if str(alone) == str(error):
+                    raise error.within(source=file) from None
+        raise error.within(source=SOURCE) from None
+
+
+def _value(option: Option, words: list[str]) -> Any:
+    """The typed words as a value of the option's kind, or as near to one as they are: the section checks it."""
+    members = _members(option.annotation)
+    if types.NoneType in members and words in (["none"], ["null"]):
+        return None
+    if any(typing.get_origin(member) is tuple for member in members):
+        parts = [scalar(part) for word in words for part in word.split(",")]
+        return parts if len(parts) > 1 or isinstance(parts[0], int) else parts[0]
+    if len(words) > 1:
+        raise ConfigError(f"takes one value, got {' '.join(words)}", option.key, SOURCE)
+    # an empty word is what an unset shell variable leaves behind, and not null
+    return words[0] if str in members or not words[0] else scalar(words[0])
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The alternatives of a union, without the constraints that `Annotated` hangs on them."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _members(inner[0])
+    if origin in (typing.Union, types.UnionType):
+        return [member for part in inner for member in _members(part)]
+    return [annotation]

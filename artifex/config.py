@@ -1,0 +1,322 @@
+"""The configuration of a run: sections of checked values, from code, dicts and JSON or YAML files.
+
+    config = Config.from_file("configs/quickstart.yaml")
+    config.device.mesh_shape = (2, 4)
+    config.save("mine.json")
+
+The defaults are the quickstart. Importing this module imports no JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from artifex import models
+from artifex.config_io import (
+    ConfigError,
+    ConfigTypeError,
+    did_you_mean,
+    dump_yaml,
+    read_mapping,
+    shown,
+    write_mapping,
+)
+from artifex.config_section import Section, checked
+
+MAX_INT = 2**31 - 1  # steps, sizes and token positions are int32 on every device
+Int = Annotated[int, Field(le=MAX_INT)]
+
+
+class ModelConfig(Section):
+    """A preset by name, and values that replace fields of its family's configuration."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field(default="llama-nano", description="preset; artifex.models.list_models() names them all")
+
+    def spec(self) -> Any:
+        """The family's frozen configuration, such as `DecoderConfig`."""
+        return models.preset(self.name, **(self.__pydantic_extra__ or {}))
+
+    def __getattr__(self, field: str) -> Any:
+        if field.startswith("_") or field in type(self).model_fields:  # pydantic asks before they exist
+            raise AttributeError(field)
+        if field not in (known := field_types(type(models.PRESETS[self.name]))):
+            raise AttributeError(f"model {self.name!r} has no field {field!r}; {did_you_mean(field, known)}")
+        return getattr(self.spec(), field)
+
+    @model_validator(mode="after")
+    def _fits_the_family(self) -> Self:
+        if self.name not in models.PRESETS:
+            raise ConfigError(f"{self.name!r} is unknown; {did_you_mean(self.name, models.PRESETS)}", ("name",))
+        known = field_types(type(models.PRESETS[self.name]))
+        overrides = self.__pydantic_extra__ or {}
+        for field, value in overrides.items():
+            if field not in known:
+                hint = did_you_mean(field, ["name", *known])
+                raise ConfigError(f"is not a field of {self.name!r}; {hint}", (field,))
+            # frozen configurations hold tuples where files have lists
+            value = checked(tuple(value) if isinstance(value, list) else value, known[field], (field,))
+            if isinstance(value, int) and abs(value) > MAX_INT:
+                raise ConfigError(f"must be at most {MAX_INT}, got {value}", (field,))
+            overrides[field] = value
+        try:
+            self.spec()
+        except ValueError as error:  # a family's messages begin with the field they are about
+            field, _, says = str(error).partition(" ")
+            if field not in known:
+                raise ConfigError(f"{self.name!r} cannot be built: {error}") from None
+            raise ConfigError(says, (field,)) from None
+        return self
+
+
+class DataConfig(Section):
+    """What the model reads."""
+
+    source: str = Field(
+        default="stdlib", min_length=1, description="'stdlib', or a text file, a folder of them or a .npy of tokens"
+    )
+    tokenizer: str = Field(
+        default="bytes", description="'bytes', 'bpe' (trained on the training files), or a tokenizer .json file"
+    )
+    bpe_vocab_size: Int = Field(default=4_096, ge=257, description="entries of a trained 'bpe' tokenizer, at least 257")
+    sequence_length: Int = Field(default=256, ge=1, description="tokens a row, at most the model's sequence_length")
+    validation_fraction: float = Field(
+        default=0.05,
+        gt=0,
+        lt=1,
+        description="part of the files never trained on, above 0 and below 1; chosen by a hash of the name",
+    )
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _known_tokenizer(cls, value: str) -> str:
+        if value not in ("bytes", "bpe") and not value.endswith(".json"):
+            raise ConfigError(f"must be 'bytes', 'bpe' or a tokenizer .json file, got {shown(value)}")
+        return value
+
+
+class TrainingConfig(Section):
+    """How long, how much at a time, and in which precision."""
+
+    steps: Int = Field(default=2_000, ge=1, description="optimizer steps in the whole run, at least 1")
+    batch_size: Int = Field(default=16, ge=1, description="rows a step, over all devices, at least 1")
+    gradient_accumulation: Int = Field(default=1, ge=1, description="microbatches a step; divides batch_size")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of parameters, batches and dropout, 0 to 2^32 - 1")
+    compute_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of activations; parameters stay float32"
+    )
+    remat: Literal["none", "dots", "full"] = Field(
+        default="none",
+        description="what a layer recomputes in the backward pass: nothing, all but its matrix products, or all",
+    )
+    unroll: Annotated[Int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto", description="layers run per scan iteration, at least 1; 'auto' chooses by depth"
+    )
+    ema_decay: float | None = Field(
+        default=None, gt=0, lt=1, description="of a running mean of the parameters, 0 to 1; none is off"
+    )
+    validate_every: Int = Field(
+        default=250, ge=0, description="steps from one validation to the next; 0 validates at the end alone"
+    )
+    validation_batches: Int = Field(default=20, ge=1, description="batches of one validation, at least 1")
+    sample_tokens: Int = Field(default=400, ge=0, description="tokens drawn at each checkpoint, to look at; 0 is none")
+    sample_prompt: str = Field(default="def ", min_length=1, description="what the sample continues, not empty")
+
+
+class OptimizerConfig(Section):
+    """The update rule and its schedule."""
+
+    name: Literal["adamw", "lion", "adafactor", "muon", "sgd"] = Field(default="adamw", description="update rule")
+    learning_rate: float = Field(default=3e-3, gt=0, description="the highest of the schedule, above 0")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="of the learning rate, after warm-up"
+    )
+    warmup_steps: Int = Field(default=100, ge=0, description="steps of linear warm-up, 0 to training.steps")
+    final_learning_rate_fraction: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="of learning_rate, reached at the last step of 'cosine' and 'linear', 0 to 1",
+    )
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="of matrices, times the learning rate, a step; at least 0"
+    )
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment, from 0 to below 1")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of the second moment, from 0 to below 1")
+    eps: float = Field(default=1e-8, gt=0, description="added to the denominator, above 0")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of 'sgd', from 0 to below 1")
+    clip_norm: float | None = Field(
+        default=1.0, gt=0, description="largest norm of the whole gradient, above 0; none is off"
+    )
+
+
+class CheckpointConfig(Section):
+    """When the run is saved, and how much of it is kept."""
+
+    every: Int = Field(default=500, ge=0, description="steps from one checkpoint to the next; 0 saves at the end alone")
+    keep: Int = Field(default=3, ge=1, description="checkpoints kept, the newest, at least 1")
+
+
+class LoggingConfig(Section):
+    """What a run says while it runs."""
+
+    every: Int = Field(default=10, ge=1, description="steps from one line of metrics to the next, at least 1")
+    progress: bool = Field(default=True, description="show a progress bar")
+
+
+class DeviceConfig(Section):
+    """How the run is spread: a mesh shape, or the size of each strategy, or (by default) whatever the devices allow.
+
+    A `mesh_shape` that is no list or tuple of integers raises `ConfigTypeError`, which is a `TypeError`.
+    """
+
+    mesh_shape: tuple[int, int] | None = Field(
+        default=None,
+        description="(batch, model): devices that divide the batch, and the model; their product is the device count",
+    )
+    auto_detect_mesh: bool = Field(
+        default=True, description="without mesh_shape and sizes, choose a mesh for the devices present"
+    )
+    data: Int = Field(
+        default=1, description="devices that divide the batch, each with the whole model; 1 is off, -1 takes the rest"
+    )
+    fsdp: Int = Field(
+        default=1, description="devices that divide batch, weights and optimizer; 1 is off, -1 takes the rest"
+    )
+    tensor: Int = Field(
+        default=1, description="devices that divide heads and feed-forward layers; 1 is off, -1 takes the rest"
+    )
+    fsdp_min_weight_size: Int = Field(
+        default=0, ge=0, description="elements: fsdp leaves a weight whole of which no dim is this long; 0 divides all"
+    )
+
+    @field_validator("mesh_shape", mode="before")
+    @classmethod
+    def _two_positive_integers(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        if not isinstance(value, list | tuple) or any(type(size) is not int for size in value):
+            raise ConfigTypeError("must be a tuple of integers")
+        if len(value) != 2:
+            raise ConfigError(f"must have two axes, (batch, model), got {shown(tuple(value))}")
+        if min(value) < 1:
+            raise ConfigError(f"must be at least 1 on both axes, got {shown(tuple(value))}")
+        return tuple(value)
+
+    @field_validator("data", "fsdp", "tensor")
+    @classmethod
+    def _size_or_rest(cls, value: int) -> int:
+        if value < 1 and value != -1:
+            raise ConfigError(f"must be at least 1, or -1 for all devices that are left, got {value}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        sizes = {name: size for name in ("data", "fsdp", "tensor") if (size := getattr(self, name)) != 1}
+        rest = [name for name, size in sizes.items() if size == -1]
+        if len(rest) > 1:
+            raise ConfigError(f"is -1, and so is {rest[1]}; only one of them can take the rest", (rest[0],))
+        if self.mesh_shape is not None and sizes:
+            listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise ConfigError(f"{self.mesh_shape} stands beside {listed}; give the shape or the sizes", ("mesh_shape",))
+        return self
+
+
+class Config(Section):
+    """One run. Equal configurations, seeds and versions make equal runs."""
+
+    description: str = Field(
+        default="", description="what the run is for, the command that starts it and what it should reach"
+    )
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    device: DeviceConfig = Field(default_factory=DeviceConfig)
+
+    def __init__(self, /, **values: Any) -> None:
+        super().__init__(**values)
+        self.check()
+
+    def check(self) -> None:
+        """Raise `ConfigError` where two sections contradict each other.
+
+        Done when a `Config` is made. Not when a field is assigned, so that two can be changed one after the other.
+        """
+        longest = self.model.spec().sequence_length
+        _check_most("data.sequence_length", self.data.sequence_length, "model.sequence_length", longest)
+        _check_most("optimizer.warmup_steps", self.optimizer.warmup_steps, "training.steps", self.training.steps)
+        if self.training.batch_size % (parts := self.training.gradient_accumulation):
+            says = f"must divide training.batch_size {self.training.batch_size}, got {parts}"
+            raise ConfigError(says, ("training", "gradient_accumulation"))
+
+    @classmethod
+    def known_keys(cls) -> list[str]:
+        """The sections, and every field by its full path."""
+        nested = (f"{key}.{field}" for key, section in sections().items() for field in section.model_fields)
+        return [*cls.model_fields, *nested]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "") -> Self:
+        """Sections and fields that are left out have their defaults; `source` heads the error's line."""
+        try:
+            if not isinstance(values, Mapping):
+                raise ConfigTypeError(f"must be a mapping of sections, got {shown(values)}", ("configuration",))
+            _check_keys(values, ("configuration",))
+            for key, section in values.items():
+                if isinstance(section, Mapping):
+                    _check_keys(section, (key,))
+            return cls(**values)
+        except ConfigError as error:
+            raise error.within(source=source) from None
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Read a `.json`, `.yaml` or `.yml` file. Every fault is a `ConfigError` that names the file."""
+        return cls.from_dict(read_mapping(path), source=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by section; `from_dict` of it is equal to this."""
+        return self.model_dump()
+
+    def to_yaml(self) -> str:
+        """YAML text that `from_file` reads."""
+        return dump_yaml(self.to_dict())
+
+    def save(self, path: str | Path) -> None:
+        """Write a `.json`, `.yaml` or `.yml` file that `from_file` reads."""
+        write_mapping(path, self.to_dict())
+
+
+def sections() -> dict[str, type[Section]]:
+    """Key -> class of each section of `Config`, in order."""
+    found = {key: field.annotation for key, field in Config.model_fields.items()}
+    return {key: kind for key, kind in found.items() if isinstance(kind, type) and issubclass(kind, Section)}
+
+
+def _check_keys(values: Mapping[Any, Any], key: tuple[str, ...]) -> None:
+    for name in values:
+        if not isinstance(name, str):
+            raise ConfigTypeError(f"must have text as keys, got {shown(name)}", key)
+
+
+def _check_most(name: str, value: int, limit_name: str, limit: int) -> None:
+    if value > limit:
+        raise ConfigError(f"must be at most {limit_name} {limit}, got {value}", tuple(name.split(".")))
+
+
+@functools.cache
+def field_types(family: type) -> dict[str, Any]:
+    """Field -> annotation of a family's configuration."""
+    hints = typing.get_type_hints(family)
+    return {field.name: hints[field.name] for field in dataclasses.fields(family)}

@@ -1,0 +1,147 @@
+"""Decoding with a cache of keys and values: greedy, temperature, top-k and top-p, as one compiled loop.
+
+Dims: B batch, P prompt, V vocab.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from artifex.models.stack import unstack
+from artifex.models.transformer.attention import Cache
+
+if TYPE_CHECKING:
+    from artifex.models.transformer.decoder import Decoder
+
+PROMPT_BLOCK = 32  # prompts are padded to a multiple of this many tokens, so that few lengths are compiled
+
+
+def generate(
+    model: Decoder,
+    key: jax.Array,
+    *,
+    prompt: jax.Array,
+    num_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> jax.Array:
+    """`num_tokens` tokens (B, num_tokens) that continue `prompt` (B, P), drawn by `key` alone.
+
+    `temperature` divides the logits, 0 is greedy; `top_k` keeps the k likeliest tokens; `top_p` in (0, 1] the fewest
+    whose probability reaches p (Holtzman et al. 2019, arXiv:1904.09751). Raises `ValueError` for settings out of
+    range, an empty prompt, token ids outside the vocabulary, and more positions than the model has.
+    """
+    prompt = jnp.asarray(prompt)
+    _check(model, prompt, num_tokens, temperature, top_k, top_p)
+    length = prompt.shape[1]
+    room = min(-(-length // PROMPT_BLOCK) * PROMPT_BLOCK, model.cfg.sequence_length)
+    prompt = jnp.pad(prompt.astype(jnp.int32), ((0, 0), (0, room - length)))
+    graphdef, state = nnx.split(model)
+    if top_k is not None and top_k >= model.cfg.vocab_size:
+        top_k = None
+    return _generate(
+        graphdef,
+        nnx.to_pure_dict(state),
+        key,
+        prompt,
+        jnp.int32(length),
+        None if temperature == 0 else jnp.float32(temperature),
+        None if top_p is None or top_p == 1 else jnp.float32(top_p),
+        num_tokens=num_tokens,
+        top_k=top_k,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("num_tokens", "top_k"))
+def _generate(
+    graphdef: Any,
+    params: Any,
+    key: jax.Array,
+    prompt_BP: jax.Array,
+    length: jax.Array,
+    temperature: jax.Array | None,
+    top_p: jax.Array | None,
+    *,
+    num_tokens: int,
+    top_k: int | None,
+) -> jax.Array:
+    model: Decoder = nnx.merge(graphdef, params)
+    batch, room = prompt_BP.shape
+    blocks = unstack(model.layers, model.cfg.num_layers)
+    dtype = model.embed.table[...].dtype
+    caches = [Cache.empty(model.cfg, batch, room + num_tokens - 1, dtype) for _ in blocks]
+
+    def forward(tokens_BT: jax.Array, caches: list[Cache], start: int | jax.Array, last: int | jax.Array):
+        """Logits (B, V) after token `last` of `tokens_BT`, which stand at positions `start` on, and the caches."""
+        positions_T = start + jnp.arange(tokens_BT.shape[1])
+        x_BTD, filled = model.embed_tokens(tokens_BT, positions_T), []
+        for block, cache in zip(blocks, caches, strict=True):
+            x_BTD, cache = block(x_BTD, positions_T, None, cache, start)
+            filled.append(cache)
+        x_B1D = jax.lax.dynamic_slice_in_dim(x_BTD, last, 1, axis=1)
+        return model.read_out(x_B1D)[:, 0], filled
+
+    def step(carry: tuple, key: jax.Array) -> tuple[tuple, jax.Array]:
+        token_B, caches, position = carry
+        logits_BV, caches = forward(token_B[:, None], caches, position, 0)
+        token_B = pick(logits_BV, key, temperature, top_k, top_p)
+        return (token_B, caches, position + 1), token_B
+
+    # Rows of the cache between the prompt's end and `room` hold keys of padding: position t overwrites its row
+    # before any query can see it.
+    keys = jax.random.split(key, num_tokens)
+    logits_BV, caches = forward(prompt_BP, caches, 0, length - 1)
+    first_B = pick(logits_BV, keys[0], temperature, top_k, top_p)
+    _, rest_NB = jax.lax.scan(step, (first_B, caches, length), keys[1:])
+    return jnp.concatenate([first_B[:, None], rest_NB.T], axis=1)
+
+
+def pick(
+    logits_BV: jax.Array, key: jax.Array, temperature: jax.Array | None, top_k: int | None, top_p: jax.Array | None
+) -> jax.Array:
+    """One token (B,) for each row of logits; `temperature` None takes the likeliest."""
+    if temperature is None:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = logits_BV / temperature
+    if top_k is not None:
+        logits_BV = jnp.where(logits_BV < jax.lax.top_k(logits_BV, top_k)[0][:, -1:], -jnp.inf, logits_BV)
+    if top_p is not None:
+        ranked_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+        probability_BV = jax.nn.softmax(ranked_BV, axis=-1)
+        before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV  # the likeliest token always stays
+        least_B1 = jnp.min(jnp.where(before_BV < top_p, ranked_BV, jnp.inf), axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
+
+
+def _check(
+    model: Decoder, prompt: jax.Array, num_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    if prompt.ndim != 2 or prompt.shape[1] < 1 or not jnp.issubdtype(prompt.dtype, jnp.integer):
+        raise ValueError(
+            f"prompt has shape {prompt.shape} and dtype {prompt.dtype}; expected integer token ids (batch, length) "
+            "with at least one token"
+        )
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens is {num_tokens}; ask for at least 1")
+    if not (temperature >= 0 and temperature < float("inf")):
+        raise ValueError(f"temperature is {temperature}; expected a number from 0 (greedy) up")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; expected at least 1, or None for all tokens")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; expected a probability in (0, 1]")
+    low, high = int(prompt.min()), int(prompt.max())
+    if low < 0 or high >= model.cfg.vocab_size:
+        raise ValueError(f"prompt holds token ids {low} to {high}; the model's vocabulary is 0 to {model.cfg.vocab_size - 1}")
+    total = prompt.shape[1] + num_tokens
+    if total > model.cfg.sequence_length:
+        raise ValueError(
+            f"a prompt of {prompt.shape[1]} and {num_tokens} new tokens need {total} positions, the model has "
+            f"{model.cfg.sequence_length}; ask for at most {model.cfg.sequence_length - prompt.shape[1]} new tokens"
+        )

@@ -1,0 +1,1 @@
+"""Scaling: logical axes, meshes, strategies, placement and checkpoints. Import the module you need."""

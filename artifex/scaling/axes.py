@@ -1,0 +1,297 @@
+"""The vocabulary of logical axes, the rules that map it to mesh axes, and their strict resolution.
+
+A model names every dim of every parameter and of every activation at a block boundary. `Rules` says which mesh axes a
+name is split over, `resolve` turns names + shape + rules + mesh sizes into a `PartitionSpec`, once, and `explain`
+prints what came of it. Nothing here knows a model or a strategy.
+
+A *dim* belongs to a tensor, an *axis* to a mesh.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+WEIGHT_AXES: dict[str, str] = {
+    "vocab": "entries of a token table or of an output head",
+    "embed": "the width of the residual stream, as weights read and write it",
+    "heads": "query heads",
+    "kv_heads": "key and value heads; fewer than query heads under grouped-query attention",
+    "head_dim": "the features of one head",
+    "mlp": "the hidden width of a feed-forward layer",
+    "experts": "the experts of a mixture",
+    "layers": "repeated blocks, stacked",
+    "positions": "entries of a learned position table",
+    "conv_in": "input channels of a convolution",
+    "conv_out": "output channels of a convolution",
+    "kernel": "a spatial extent of a convolution's window",
+    "latent": "channels of an autoencoder's latent",
+    "codes": "entries of a codebook",
+    "classes": "entries of a class-label table",
+    "in_features": "inputs of a linear layer of the user's own",
+    "out_features": "outputs of a linear layer of the user's own",
+}
+ACTIVATION_AXES: dict[str, str] = {
+    "batch": "examples",
+    "sequence": "positions in a sequence",
+    "hidden": "the residual stream",
+    "act_heads": "query heads of an activation",
+    "act_kv_heads": "key and value heads of an activation",
+    "act_mlp": "the hidden width inside a feed-forward layer",
+    "act_vocab": "logits",
+    "act_experts": "experts of a routed activation",
+    "height": "rows of an image or latent",
+    "width": "columns of an image or latent",
+    "channels": "channels of an image or latent",
+}
+VOCABULARY: dict[str, str] = WEIGHT_AXES | ACTIVATION_AXES
+"""Every logical axis, with a sentence. Weights and activations never share a name: FSDP splits `embed` of a weight over
+the devices that also split `batch` of an activation, so one shared name would ask for one mesh axis twice."""
+
+SHARED_BY_STRATEGIES = frozenset({"batch"})
+"""Names that several strategies may split together: data parallelism and FSDP both divide the examples."""
+
+Names = Sequence[str | None]
+
+
+def check_name(name: str, known: Iterable[str] = VOCABULARY) -> str:
+    """Return `name`, or raise `ValueError` with the nearest known one."""
+    known = list(known)
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+    raise ValueError(f"unknown logical axis {name!r}: {hint}")
+
+
+def check_names(names: Names, shape: Sequence[int], what: str = "tensor") -> None:
+    """Raise `ValueError` unless `names` has one known name (or None) for each dim of `shape`."""
+    for name in names:
+        if name is not None:
+            check_name(name)
+    if len(names) != len(shape):
+        raise ValueError(
+            f"{what} of shape {tuple(shape)} has {len(shape)} dims but {len(names)} logical axes {tuple(names)}; "
+            "give one name, or None, for each dim"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """`name` is split over the mesh axes `axes`, in this order; `strategy` says who asked for it."""
+
+    name: str
+    axes: tuple[str, ...]
+    strategy: str
+
+    def __str__(self) -> str:
+        return f"{self.strategy}: {self.name} -> {'+'.join(self.axes)}"
+
+
+def _table(entries: Mapping[str, str | Sequence[str] | None], known: Iterable[str], strategy: str) -> tuple[Rule, ...]:
+    rules = []
+    for name, axes in entries.items():
+        check_name(name, known)
+        axes = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+        if len(set(axes)) != len(axes):
+            raise ValueError(f"rule {name!r} -> {axes} of {strategy} names a mesh axis twice; name each once")
+        if axes:
+            rules.append(Rule(name, axes, strategy))
+    return tuple(rules)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Which mesh axes each logical axis is split over, for parameters, optimizer state and activations.
+
+    Within a table the order is the priority: where two dims of one tensor ask for the same mesh axis, the earlier rule
+    gets it. `min_weight_size` maps a mesh axis to the smallest size a weight must have in at least one dim to be
+    split over that axis at all.
+
+    Build one with `Rules.of`, combine with `union`; ZeRO-1, ZeRO-2 and FSDP differ only in their tables.
+    """
+
+    params: tuple[Rule, ...] = ()
+    optimizer: tuple[Rule, ...] = ()
+    activations: tuple[Rule, ...] = ()
+    min_weight_size: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        params: Mapping[str, Any] | None = None,
+        activations: Mapping[str, Any] | None = None,
+        *,
+        optimizer: Mapping[str, Any] | None = None,
+        min_weight_size: Mapping[str, int] | None = None,
+        strategy: str = "rules",
+    ) -> Rules:
+        """Tables from mappings name -> mesh axis, several, or None. The optimizer's table is the parameters' unless given."""
+        of_params = _table(params or {}, WEIGHT_AXES, strategy)
+        of_optimizer = of_params if optimizer is None else _table(optimizer, WEIGHT_AXES, strategy)
+        of_activations = _table(activations or {}, ACTIVATION_AXES, strategy)
+        return cls(of_params, of_optimizer, of_activations, tuple((min_weight_size or {}).items()))
+
+    def union(self, other: Rules) -> Rules:
+        """Both rule sets together. A name sent to two places raises `ValueError` naming both strategies; `batch` is shared."""
+        return Rules(
+            _union(self.params, other.params),
+            _union(self.optimizer, other.optimizer),
+            _union(self.activations, other.activations),
+            tuple((dict(self.min_weight_size) | dict(other.min_weight_size)).items()),
+        )
+
+    @property
+    def everything(self) -> tuple[Rule, ...]:
+        """The parameter and the activation table as one: their names never meet."""
+        return self.params + self.activations
+
+    @property
+    def mesh_axes(self) -> tuple[str, ...]:
+        """Every mesh axis a rule names, in order of appearance."""
+        rules = self.params + self.optimizer + self.activations
+        return tuple(dict.fromkeys(axis for rule in rules for axis in rule.axes))
+
+
+def _union(first: tuple[Rule, ...], second: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    merged = {rule.name: rule for rule in first}
+    for rule in second:
+        have = merged.get(rule.name)
+        if have is None or have.axes == rule.axes:
+            merged[rule.name] = have or rule
+        elif rule.name in SHARED_BY_STRATEGIES:
+            axes = tuple(dict.fromkeys(have.axes + rule.axes))
+            merged[rule.name] = Rule(rule.name, axes, f"{have.strategy}+{rule.strategy}")
+        else:
+            raise ValueError(
+                f"logical axis {rule.name!r} is sent to two places: {have.strategy} maps it to {have.axes}, "
+                f"{rule.strategy} to {rule.axes}; leave one of the two strategies out or give them one mesh axis"
+            )
+    return tuple(merged.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolution:
+    """What the rules made of one tensor: its spec, the rules that won, and why a dim was left whole."""
+
+    spec: PartitionSpec
+    won: tuple[Rule, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def shard_count(self, mesh_sizes: Mapping[str, int]) -> int:
+        """Into how many different pieces the tensor is cut."""
+        axes = [axis for entry in self.spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
+        return math.prod(mesh_sizes[axis] for axis in axes)
+
+
+def mesh_sizes(mesh: Mesh | Mapping[str, int]) -> dict[str, int]:
+    """Axis name -> size, of a mesh or of a plain mapping (no devices needed)."""
+    return dict(mesh.shape) if isinstance(mesh, Mesh) else dict(mesh)
+
+
+def check_mesh(rules: Rules, mesh: Mesh | Mapping[str, int]) -> None:
+    """Raise `ValueError` where a rule names an axis the mesh does not have."""
+    sizes = mesh_sizes(mesh)
+    for rule in rules.params + rules.optimizer + rules.activations:
+        for axis in rule.axes:
+            if axis not in sizes:
+                raise ValueError(
+                    f"rule ({rule}) names mesh axis {axis!r}, but the mesh has {tuple(sizes)}; "
+                    f"add the axis to the mesh or leave out the {rule.strategy} strategy"
+                )
+
+
+def resolve(
+    names: Names,
+    shape: Sequence[int],
+    table: Sequence[Rule],
+    sizes: Mapping[str, int],
+    min_weight_size: Iterable[tuple[str, int]] = (),
+) -> Resolution:
+    """Names + shape + one rule table + mesh sizes -> `Resolution`.
+
+    A mesh axis is used at most once per tensor. A dim that an axis does not divide is left whole, and of several axes
+    the longest leading run whose product divides is taken; each such fallback is a note.
+    """
+    check_names(names, shape)
+    entries: list[tuple[str, ...]] = [()] * len(names)
+    used: dict[str, Rule] = {}
+    won, notes = [], []
+    too_small = {axis: size for axis, size in min_weight_size if max(shape, default=0) < size}
+    for rule in table:
+        if rule.name not in names:
+            continue
+        dim = list(names).index(rule.name)
+        taken: list[str] = []
+        for axis in rule.axes:
+            if axis not in sizes:
+                raise ValueError(f"rule ({rule}) names mesh axis {axis!r}, but the mesh has {tuple(sizes)}")
+            ways = math.prod(sizes[a] for a in taken) * sizes[axis]
+            if sizes[axis] == 1:
+                continue
+            if axis in too_small:
+                notes.append(f"no dim reaches the {too_small[axis]} that {axis} asks for")
+            elif axis in used:
+                notes.append(f"{rule.name} whole: {axis} already splits {used[axis].name}")
+            elif shape[dim] % ways:
+                notes.append(f"{rule.name} {shape[dim]} does not divide by {ways} ({'+'.join([*taken, axis])})")
+                break
+            else:
+                taken.append(axis)
+                used[axis] = rule
+        if taken:
+            entries[dim] = tuple(taken)
+            won.append(rule)
+    spec = PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in entries))
+    return Resolution(spec, tuple(won), tuple(dict.fromkeys(notes)))
+
+
+# Activations: the step activates rules and mesh while it is traced; outside it, `shard` only checks its names.
+_ACTIVE: contextvars.ContextVar[tuple[Rules, Mesh] | None] = contextvars.ContextVar("artifex_activation_rules", default=None)
+
+
+@contextlib.contextmanager
+def activation_rules(rules: Rules, mesh: Mesh) -> Iterator[None]:
+    """Let `shard` constrain activations by `rules` on `mesh`.
+
+    Enter it inside the function that is jitted, never around a call of it: the cache of `jax.jit` does not know
+    about contexts and would hand the first layout to the second.
+    """
+    check_mesh(rules, mesh)
+    token = _ACTIVE.set((rules, mesh) if mesh.size > 1 else None)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+def activation_axes(name: str, size: int) -> tuple[str, ...]:
+    """The mesh axes that the active rules split an activation dim `name` of `size` over; () outside `activation_rules`."""
+    active = _ACTIVE.get()
+    if active is None:
+        return ()
+    rules, mesh = active
+    entry = resolve((name,), (size,), rules.activations, mesh.shape).spec[0]
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def shard(x: jax.Array, *names: str | None) -> jax.Array:
+    """Constrain the layout of an activation by the logical axes of its dims (None: never split).
+
+    Without active rules, on one device, it returns `x`. Raises `ValueError` for unknown names or a wrong count.
+    """
+    check_names(names, x.shape, "activation")
+    active = _ACTIVE.get()
+    if active is None:
+        return x
+    rules, mesh = active
+    spec = resolve(names, x.shape, rules.activations, mesh.shape).spec
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

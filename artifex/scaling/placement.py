@@ -1,0 +1,208 @@
+"""Where everything lives: abstract tree + rules + mesh -> shardings, bytes per device, and the table `explain` prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from artifex.scaling.axes import Resolution, Rule, Rules, check_mesh, check_names, mesh_sizes, resolve
+
+Tree = Any
+
+
+def names_of(model: nnx.Module | nnx.State) -> Tree:
+    """The logical axes of every parameter: nested dicts with a tuple of names at each leaf.
+
+    Raises `ValueError` for a parameter that names no axes, too few, or unknown ones.
+    """
+    state = model if isinstance(model, nnx.State) else nnx.state(model)
+    names: dict = {}
+    for path, variable in nnx.to_flat_state(state):
+        where, axes = "/".join(map(str, path)), variable.get_metadata().get("out_sharding")
+        if axes is None:
+            raise ValueError(f"parameter {where} of shape {variable.shape} names no logical axes; name each dim")
+        check_names(axes, variable.shape, f"parameter {where}")
+        node = names
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = tuple(axes)
+    return names
+
+
+def shapes_of(model: nnx.Module | nnx.State) -> Tree:
+    """The parameters as nested dicts of `jax.ShapeDtypeStruct`."""
+    state = model if isinstance(model, nnx.State) else nnx.state(model)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), nnx.to_pure_dict(state))
+
+
+def leaves_with_names(tree: Tree, names: Tree) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
+    """(path, leaf, names) for each leaf; `names` has the same tree with a tuple at each leaf."""
+    named = jax.tree.leaves(names, is_leaf=lambda node: isinstance(node, tuple))
+    for (path, leaf), axes in zip(jax.tree_util.tree_leaves_with_path(tree), named, strict=True):
+        yield "/".join(str(getattr(key, "key", key)) for key in path), leaf, axes
+
+
+def sharding(
+    leaf: Any, like: Any, names: tuple[str, ...], table: tuple[Rule, ...], rules: Rules, mesh: Mesh
+) -> NamedSharding:
+    """Where one array that belongs to the parameter `like` with logical axes `names` lives, by one table of `rules`.
+
+    An array that has lost dims of its parameter (a factored second moment) keeps the names of the dims it kept; one
+    that is no part of its parameter lives whole on every device.
+    """
+    kept = kept_names(leaf.shape, like.shape, names)
+    if kept is None:
+        return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, resolve(kept, leaf.shape, table, mesh_sizes(mesh), rules.min_weight_size).spec)
+
+
+def kept_names(shape: tuple[int, ...], full: tuple[int, ...], names: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The names of the dims of `full` that `shape` kept, in order; None where `shape` is no such part."""
+    kept, dims = [], iter(zip(full, names, strict=True))
+    for size in shape:
+        name = next((name for have, name in dims if have == size), None)
+        if name is None:
+            return None
+        kept.append(name)
+    return tuple(kept)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One parameter under a plan: where it lives, which rules won, and why a dim was left whole."""
+
+    path: str
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    resolution: Resolution
+    total_bytes: int
+    bytes_per_device: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What a strategy does to every parameter of a model. Prints as a table; renders as one in a notebook."""
+
+    rows: tuple[Row, ...]
+    sizes: Mapping[str, int]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has."""
+        return sum(math.prod(row.shape) for row in self.rows)
+
+    @property
+    def bytes_per_device(self) -> int:
+        """Bytes of parameters on each device."""
+        return sum(row.bytes_per_device for row in self.rows)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of one copy of the parameters."""
+        return sum(row.total_bytes for row in self.rows)
+
+    def split_over(self, axis: str) -> int:
+        """Bytes of the parameters that mesh axis `axis` splits."""
+        return sum(row.total_bytes for row in self.rows if axis in _axes(row.resolution.spec))
+
+    def table(self) -> list[tuple[str, ...]]:
+        """Head and rows as text."""
+        head = ("parameter", "shape", "logical axes", "rule", "spec", "per device", "left whole because")
+        body = [
+            (
+                row.path,
+                "x".join(map(str, row.shape)),
+                ", ".join(row.names),
+                "; ".join(map(str, row.resolution.won)) or "none",
+                _spec_text(row.resolution.spec),
+                size_text(row.bytes_per_device),
+                "; ".join(row.resolution.notes),
+            )
+            for row in self.rows
+        ]
+        return [head, *body]
+
+    def totals(self) -> list[str]:
+        """A line for the mesh, one for each of its axes, one for the whole."""
+        mesh = " x ".join(f"{axis}={size}" for axis, size in self.sizes.items())
+        lines = [f"mesh {mesh}: {math.prod(self.sizes.values())} devices"]
+        for axis, size in self.sizes.items():
+            split = self.split_over(axis)
+            share = f"{split / max(self.total_bytes, 1):.0%}"
+            lines.append(f"  {axis:<10} splits {size_text(split)} of {size_text(self.total_bytes)} ({share}) {size} ways")
+        whole = sum(1 for row in self.rows if not row.resolution.won)
+        lines.append(
+            f"{self.parameters:,} parameters in {len(self.rows)} tensors, {whole} of them whole on every device: "
+            f"{size_text(self.bytes_per_device)} per device of {size_text(self.total_bytes)}"
+        )
+        return lines
+
+    def __str__(self) -> str:
+        table = self.table()
+        used = [column for column in range(len(table[0])) if any(row[column] for row in table[1:])]
+        widths = {column: max(len(row[column]) for row in table) for column in used}
+        lines = ["  ".join(row[column].ljust(widths[column]) for column in used).rstrip() for row in table]
+        rule = "  ".join("-" * widths[column] for column in used)
+        return "\n".join([lines[0], rule, *lines[1:], "", *self.totals()])
+
+    def _repr_html_(self) -> str:
+        head, *body = self.table()
+
+        def row(cells: tuple[str, ...], tag: str) -> str:
+            style = "text-align:left;font-family:monospace"
+            return "<tr>" + "".join(f'<{tag} style="{style}">{html.escape(cell)}</{tag}>' for cell in cells) + "</tr>"
+
+        totals = html.escape("\n".join(self.totals()))
+        return f"<table>{row(head, 'th')}{''.join(row(cells, 'td') for cells in body)}</table><pre>{totals}</pre>"
+
+
+def explain(model: nnx.Module | nnx.State, strategy: Any, mesh: Mesh | Mapping[str, int]) -> Explanation:
+    """What `strategy` does to every parameter of `model` on `mesh`, before anything is allocated.
+
+    `model` may be abstract (`nnx.eval_shape`); `strategy` is `Rules` or anything with `rules` (a strategy, a `Plan`);
+    `mesh` is a mesh or just its sizes, `{"data": 4, "model": 2}`. Raises `ValueError` for a rule that names an axis
+    the mesh lacks.
+    """
+    rules = strategy if isinstance(strategy, Rules) else strategy.rules
+    sizes = mesh_sizes(mesh)
+    check_mesh(rules, sizes)
+    rows = []
+    for path, leaf, names in leaves_with_names(shapes_of(model), names_of(model)):
+        resolution = resolve(names, leaf.shape, rules.params, sizes, rules.min_weight_size)
+        total = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        share = total // resolution.shard_count(sizes)
+        rows.append(Row(path, tuple(leaf.shape), names, resolution, total, share))
+    return Explanation(tuple(rows), sizes)
+
+
+def bytes_on_device(tree: Tree) -> int:
+    """Bytes one device holds of a tree of arrays or `jax.ShapeDtypeStruct`s with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
+    )
+
+
+def size_text(size: float) -> str:
+    """Bytes as text: `384 B`, `1.5 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
+
+
+def _axes(spec: PartitionSpec) -> set[str]:
+    return {axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ())}
+
+
+def _spec_text(spec: PartitionSpec) -> str:
+    parts = ["+".join((entry,) if isinstance(entry, str) else entry) if entry else "-" for entry in spec]
+    return f"({', '.join(parts)})"

@@ -1,0 +1,55 @@
+"""What a run shows while it goes: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINES = 20  # plain lines in a whole run, where there is no terminal
+
+
+class Report:
+    """A bar with ETA, loss, tokens/s and time spent waiting for data; `line` prints above it."""
+
+    def __init__(self, start: int, steps: int, *, bar: bool):
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.steps, self.began, self.start = steps, time.perf_counter(), start
+        self.bar = None
+        if bar and self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("training"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[status]}"),
+                console=self.console,
+                expand=True,
+            )
+            self.task = self.bar.add_task("training", total=steps, completed=start, status="compiling")
+
+    def __enter__(self) -> Report:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def line(self, text: str) -> None:
+        """Print a line that stays."""
+        self.console.print(text, markup=False)
+
+    def advance(self, step: int, status: str | None) -> None:
+        """Say that `step` is done; `status` replaces what stands beside the bar."""
+        if self.bar:
+            self.bar.update(self.task, completed=step, **({"status": status} if status else {}))
+        elif status and (step == self.steps or step * LINES // self.steps > (step - 1) * LINES // self.steps):
+            spent = time.perf_counter() - self.began
+            left = spent / max(step - self.start, 1) * (self.steps - step)
+            self.line(f"step {step}/{self.steps}  {status}  ETA {left:.0f} s")

@@ -1,0 +1,117 @@
+"""The folder of a run: resolved configuration, metrics line by line, loss curve, samples; what a resumed run may change."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from artifex.config import Config
+
+FIXED = {
+    "model": None,
+    "data": None,
+    "training": ("seed", "batch_size"),
+    "optimizer": ("name",),
+}
+"""What makes a run the run it is: changed, the saved steps would not be steps of this run. None: the whole section."""
+
+
+class RunFolder:
+    """`config.json`, `metrics.jsonl`, `loss.png`, `samples/`, `checkpoints/` and, at the end, `weights/` under `path`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.json"
+        self.metrics = path / "metrics.jsonl"
+        self.picture = path / "loss.png"
+        self.samples = path / "samples"
+        self.checkpoints = path / "checkpoints"
+        self.weights = path / "weights"
+        self.tokenizer = path / "tokenizer.json"
+
+    def open(self, config: Config) -> list[str]:
+        """Make the folder, or check that the run in it is this one; returns what else differs, a line each.
+
+        Raises `ValueError` where the folder holds another run.
+        """
+        changes: list[str] = []
+        if self.config.exists():
+            changes = self._compare(Config.from_file(self.config).to_dict(), config.to_dict())
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise ValueError(f"{self.path} is not empty and holds no run (no config.json); choose another --run-dir")
+        self.samples.mkdir(parents=True, exist_ok=True)
+        return changes
+
+    def write_config(self, config: Config) -> None:
+        """The resolved configuration, so that `config.json` alone repeats the run."""
+        config.save(self.config)
+
+    def _compare(self, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+        broken, changes = [], []
+        for section in now:
+            if not isinstance(now[section], dict):
+                continue
+            for field in sorted(now[section].keys() | saved.get(section, {}).keys()):
+                old, new = saved.get(section, {}).get(field), now[section].get(field)
+                if old == new:
+                    continue
+                fixed = section in FIXED and (FIXED[section] is None or field in FIXED[section])
+                (broken if fixed else changes).append(f"{section}.{field} was {old}, now {new}")
+        if broken:
+            raise ValueError(
+                f"{self.path} holds another run: {'; '.join(broken)}; choose another --run-dir, or leave the settings as saved"
+            )
+        return changes
+
+    def keep_metrics_up_to(self, step: int) -> None:
+        """Drop the lines a resumed run will write again, and a last line that was cut off."""
+        if not self.metrics.exists():
+            return
+        kept = [record for record in self.read_metrics() if record["step"] <= step]
+        self.metrics.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Every complete line of `metrics.jsonl`."""
+        records = []
+        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break  # a killed run may leave half a line, always the last
+        return records
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to `metrics.jsonl`."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def write_sample(self, step: int, text: str) -> Path:
+        """Keep a sample under the step it was made at."""
+        path = self.samples / f"step-{step:07d}.txt"
+        path.write_text(text)
+        return path
+
+    def plot(self, unit: str, per_nat: float) -> None:
+        """Draw the loss of both splits, `per_nat` units to a nat, to `loss.png`."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        records = self.read_metrics()
+        for split, style in (("train", {"alpha": 0.6, "lw": 1}), ("validation", {"marker": "o", "ms": 3})):
+            points = [(record["step"], record["loss"] * per_nat) for record in records if record["split"] == split]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=f"{split}, last {points[-1][1]:.3f}", **style)
+        # the first steps fall from chance level and would flatten all that follows
+        lows = [record["loss"] * per_nat for record in records if math.isfinite(record["loss"])]
+        if lows:
+            later = sorted(lows)[: max(1, int(len(lows) * 0.97))]
+            axes.set_ylim(min(lows) * 0.95, max(later) * 1.02 if max(later) > min(lows) else None)
+        axes.set(xlabel="step", ylabel=f"loss ({unit})")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(self.picture, dpi=120)

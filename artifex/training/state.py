@@ -1,0 +1,95 @@
+"""The training state and its blueprint: built abstractly, placed by a plan, initialised straight into its shards."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from artifex.config import Config
+from artifex.optim import make_optimizer
+from artifex.scaling import placement
+from artifex.scaling.plan import Plan
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """Everything a run is: what is not in here a resumed run does not need."""
+
+    step: jax.Array  # int32, updates made
+    params: Any  # nested dicts, the model's canonical tree, float32
+    optimizer: Any  # optax state
+    ema: Any  # like params, or None
+    key: jax.Array  # uint32 key data; folded with the step, so it never changes
+
+
+@dataclasses.dataclass(frozen=True)
+class Blueprint:
+    """What a run is made of before any array exists: module structure, names, optimizer, plan, mesh and shardings."""
+
+    config: Config
+    plan: Plan
+    mesh: Mesh
+    graphdef: Any
+    names: Any
+    optimizer: optax.GradientTransformation
+    state: TrainState  # of jax.ShapeDtypeStruct, each with its sharding
+
+    @property
+    def shardings(self) -> TrainState:
+        """The sharding of every array of the state."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.state)
+
+    def init(self) -> TrainState:
+        """A fresh state. Every array is made in its shards: no device ever holds more than its share."""
+        return jax.jit(lambda: _fresh(self.config, self.optimizer), out_shardings=self.shardings)()
+
+    def batch_sharding(self, batch: dict[str, Any]) -> dict[str, NamedSharding]:
+        """Where the arrays (batch, sequence) of a batch live."""
+        rules, sizes = self.plan.rules, self.plan.sizes
+        names = ("batch", "sequence")
+        return {
+            key: NamedSharding(self.mesh, placement.resolve(names, value.shape, rules.activations, sizes).spec)
+            for key, value in batch.items()
+        }
+
+
+def blueprint(config: Config, plan: Plan, mesh: Mesh) -> Blueprint:
+    """Build the model and its state abstractly and place every array by the plan's rules."""
+    abstract = nnx.eval_shape(lambda: config.model.spec().build(nnx.Rngs(0)))
+    graphdef, model_state = nnx.split(abstract)
+    names = placement.names_of(model_state)
+    optimizer = make_optimizer(config.optimizer, config.training.steps, names)
+    state = jax.eval_shape(lambda: _fresh(config, optimizer))
+    rules, whole = plan.rules, NamedSharding(mesh, PartitionSpec())
+    place = functools.partial(placement.sharding, rules=rules, mesh=mesh)
+    placed = TrainState(
+        step=whole,
+        params=jax.tree.map(functools.partial(place, table=rules.params), state.params, state.params, names),
+        optimizer=optax.tree_utils.tree_map_params(
+            optimizer,
+            functools.partial(place, table=rules.optimizer),
+            state.optimizer,
+            state.params,
+            names,
+            transform_non_params=lambda leaf: whole,
+        ),
+        ema=state.ema and jax.tree.map(functools.partial(place, table=rules.optimizer), state.ema, state.params, names),
+        key=whole,
+    )
+    state = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), state, placed)
+    return Blueprint(config, plan, mesh, graphdef, names, optimizer, state)
+
+
+def _fresh(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
+    weights, noise = jax.random.split(jax.random.key(config.training.seed))
+    params = nnx.to_pure_dict(nnx.state(config.model.spec().build(nnx.Rngs(weights))))
+    ema = None if config.training.ema_decay is None else jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.int32(0), params, optimizer.init(params), ema, jax.random.key_data(noise))

@@ -1,0 +1,107 @@
+"""The compiled training step: a pure function of (state, batch) with donated state and pinned shardings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from artifex.models.stack import Execution, execution
+from artifex.optim import make_schedule
+from artifex.scaling.axes import activation_rules
+from artifex.training.state import Blueprint, TrainState
+
+Batch = dict[str, jax.Array]
+
+
+def make_loss(blue: Blueprint) -> Callable[[Any, Batch, jax.Array | None], tuple[jax.Array, dict[str, jax.Array]]]:
+    """`loss(params, batch, key)` under the plan: the model in its compute dtype, activations laid out by the rules."""
+    config, plan = blue.config.training, blue.plan
+    how = Execution(plan.remat, config.unroll)
+    dtype = jnp.dtype(config.compute_dtype)
+
+    def loss(params: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        with activation_rules(plan.rules, blue.mesh), execution(how):
+            model = nnx.merge(blue.graphdef, jax.tree.map(lambda value: value.astype(dtype), params))
+            return model.loss(batch, None if key is None else nnx.Rngs(key))
+
+    return loss
+
+
+def make_step(blue: Blueprint) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """`step(state, batch) -> (state, metrics)`, compiled on first use; the state's buffers are reused.
+
+    Metrics are scalars: `loss` (nats), `grad_norm` before clipping, `learning_rate`, and what the model reports.
+    """
+    schedule = make_schedule(blue.config.optimizer, blue.config.training.steps)
+    decay = blue.config.training.ema_decay
+    gradients = _gradients(blue)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        loss, metrics, grads = gradients(state.params, batch, key)
+        updates, optimizer = blue.optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if decay is not None:
+            # warms up as (1 + t) / (10 + t), so that the average forgets the random start
+            t = state.step.astype(jnp.float32)
+            kept = jnp.minimum(decay, (1 + t) / (10 + t))
+            ema = jax.tree.map(lambda average, new: kept * average + (1 - kept) * new, ema, params)
+        metrics = metrics | {
+            "loss": loss,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        return TrainState(state.step + 1, params, optimizer, ema, state.key), metrics
+
+    whole = NamedSharding(blue.mesh, PartitionSpec())
+    # pinned: XLA would change the layout of some outputs, and a resumed run would no longer be bitwise equal
+    return jax.jit(step, donate_argnums=0, out_shardings=(blue.shardings, whole))
+
+
+def _gradients(blue: Blueprint) -> Callable:
+    """`gradients(params, batch, key) -> (loss, metrics, grads)` over all microbatches, each weighed by its targets."""
+    value_and_grad = jax.value_and_grad(make_loss(blue), has_aux=True)
+    parts = blue.plan.microbatches
+
+    def whole(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+        (loss, metrics), grads = value_and_grad(params, batch, key)
+        return loss, metrics, grads
+
+    def accumulated(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+        def add(sums: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            batch, index = part
+            (loss, metrics), grads = value_and_grad(params, batch, jax.random.fold_in(key, index))
+            weight = metrics.pop("weight")
+            weighed = jax.tree.map(lambda value: weight * value, (loss, metrics, grads))
+            return jax.tree.map(jnp.add, sums, (weight, *weighed)), None
+
+        # row r goes to part r % parts: a device keeps its own rows
+        split = {key: value.reshape(-1, parts, *value.shape[1:]).swapaxes(0, 1) for key, value in batch.items()}
+        first = {key: value[0] for key, value in split.items()}
+        (_, shapes), like = jax.eval_shape(value_and_grad, params, first, key)
+        shapes = {name: shape for name, shape in shapes.items() if name != "weight"}
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes, like))
+        start = (jnp.float32(0), jnp.float32(0), *zeros)
+        (weight, *sums), _ = jax.lax.scan(add, start, (split, jnp.arange(parts)))
+        loss, metrics, grads = jax.tree.map(lambda total: total / jnp.maximum(weight, 1.0), tuple(sums))
+        return loss, metrics | {"weight": weight}, grads
+
+    return whole if parts == 1 else accumulated
+
+
+def make_evaluate(blue: Blueprint) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+    """`evaluate(params, batch) -> (sum of nats, number of targets)`, compiled on first use."""
+    loss = make_loss(blue)
+
+    def evaluate(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        mean, metrics = loss(params, batch, None)
+        return mean * metrics["weight"], metrics["weight"]
+
+    return jax.jit(evaluate)

@@ -1,0 +1,14 @@
+"""Eight simulated CPU devices and strict promotion, for the tests, the notebooks and every process they start."""
+
+import os
+
+# Environment variables, and before any test imports JAX: a test that starts a process passes them on.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+# XLA runs all simulated devices on one pool of as many threads as there are cores, at least one a device. A collective
+# holds its thread until every device has come, so with steps dispatched ahead eight threads can all hold one and none
+# is left: XLA waits 60 s and aborts. NPROC sets the size of the pool; four steps ahead of eight devices fit into 32.
+os.environ["NPROC"] = "32"

@@ -1,0 +1,259 @@
+"""Properties that every model of the zoo holds, and the decoder's own."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from artifex import models
+from artifex.models import layers
+from artifex.models.stack import Execution, execution, run_stack
+from artifex.models.transformer.generate import pick
+from artifex.scaling.placement import leaves_with_names, names_of, shapes_of
+
+SMALL = {"vocab_size": 61, "embed_dim": 32, "num_layers": 2, "num_heads": 4, "mlp_dim": 48, "sequence_length": 48, "head_dim": 8}
+LAYOUTS = {
+    "llama": ("llama-nano", {"tied_head": False}),
+    "llama-grouped": ("llama-nano", {"num_kv_heads": 2}),
+    "gpt2": ("gpt2-nano", {}),
+}
+
+# Published sizes: model cards of the checkpoints, counted with tied heads once.
+PUBLISHED = {
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "llama2-7b": 6_738_415_616,
+    "llama2-13b": 13_015_864_320,
+    "llama2-70b": 68_976_648_192,
+    "llama3.2-1b": 1_235_814_400,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+}
+
+
+def abstract(preset: str):
+    return nnx.eval_shape(lambda: models.create(preset, rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def model(request):
+    name, overrides = LAYOUTS[request.param]
+    return models.create(name, rngs=nnx.Rngs(0), **(SMALL | overrides))
+
+
+def ids(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, SMALL["vocab_size"], shape))
+
+
+@pytest.mark.parametrize("preset", models.list_models())
+def test_every_parameter_is_named_and_one_name_has_one_size(preset):
+    model = abstract(preset)
+    sizes = {}
+    for path, leaf, names in leaves_with_names(shapes_of(model), names_of(model)):
+        assert len(names) == len(leaf.shape) > 0
+        for name, size in zip(names, leaf.shape, strict=True):
+            assert sizes.setdefault(name, size) == size, f"{path}: {name} is {size} here and {sizes[name]} elsewhere"
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_parameter_count_is_the_published_one(preset):
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes_of(abstract(preset)))) == PUBLISHED[preset]
+
+
+def test_listing_and_creating_answer_wrong_names_with_the_nearest():
+    assert models.list_models("*gpt*") == ["gpt2", "gpt2-large", "gpt2-medium", "gpt2-nano", "gpt2-xl", "minigpt-linear"]
+    assert models.list_models("nothing*") == []
+    with pytest.raises(ValueError, match="unknown model 'lama3-8b': did you mean 'llama3-8b'"):
+        models.create("lama3-8b", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="no field 'embed_dims': did you mean 'embed_dim'"):
+        models.create("gpt2", rngs=nnx.Rngs(0), embed_dims=3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_heads": 0}, "num_heads is 0"),
+        ({"embed_dim": -8}, "embed_dim is -8"),
+        ({"num_kv_heads": 3}, "num_heads 4 does not divide by num_kv_heads 3"),
+        ({"embed_dim": 30, "head_dim": None}, "embed_dim 30 does not divide by num_heads 4"),
+        ({"head_dim": 7}, "head_dim 7 is odd"),
+        ({"dropout": 1.0}, "dropout 1.0"),
+        ({"rope_scaling_factor": 0.5}, "rope_scaling_factor 0.5"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        models.preset("llama-nano", **overrides)
+
+
+def test_a_derived_size_follows_the_size_it_derives_from():
+    assert models.preset("gpt2", num_heads=6).kv_heads == 6
+    assert models.preset("gpt2", embed_dim=1024).feed_forward == 4096
+
+
+def test_future_tokens_do_not_change_the_past(model):
+    cfg, positions = model.cfg, jnp.arange(24)
+    x = model.embed_tokens(ids((1, 24)), positions)
+
+    def position_10(x_BTD):
+        x_BTD, _ = run_stack(model.layers, x_BTD, cfg.num_layers, lambda block, x, _: (block(x, positions)[0], None))
+        return jnp.sum(model.read_out(x_BTD)[0, 10] * jnp.arange(cfg.vocab_size))
+
+    reach = np.abs(jax.grad(position_10)(x)).sum((0, 2))  # of each position's vector on the logits at position 10
+    assert (reach[:11] > 0).all() and (reach[11:] == 0).all()
+
+
+def test_padding_does_not_change_the_loss(model):
+    tokens, targets = ids((2, 20)), ids((2, 20), seed=1)
+    plain, _ = model.loss({"tokens": tokens, "targets": targets})
+    pad = jnp.zeros((2, 9), tokens.dtype)
+    padded = {"tokens": jnp.concatenate([tokens, pad], 1), "targets": jnp.concatenate([targets, pad], 1)}
+    mask = jnp.concatenate([jnp.ones((2, 20)), jnp.zeros((2, 9))], 1)
+    got, metrics = model.loss(padded | {"mask": mask})
+    np.testing.assert_allclose(got, plain, rtol=1e-6)
+    assert metrics["weight"] == 40
+
+
+def test_loss_is_the_cross_entropy_of_the_softmax(model):
+    tokens, targets = ids((2, 9)), ids((2, 9), seed=1)
+    logits = np.asarray(model(tokens), np.float64)
+    probability = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = -np.log(np.take_along_axis(probability, np.asarray(targets)[..., None], -1)).mean()
+    np.testing.assert_allclose(model.loss({"tokens": tokens, "targets": targets})[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prompt_length", [1, 7, 33])
+def test_greedy_decoding_equals_running_the_whole_prefix_each_time(model, prompt_length):
+    prompt = ids((2, prompt_length))
+    got = model.sample(jax.random.key(0), prompt=prompt, num_tokens=12, temperature=0)
+    forward = nnx.jit(lambda model, tokens: model(tokens))
+    tokens = jnp.zeros((2, 48), prompt.dtype).at[:, :prompt_length].set(prompt)
+    for at in range(prompt_length, prompt_length + 12):  # later positions are zeros: the past does not see them
+        tokens = tokens.at[:, at].set(jnp.argmax(forward(model, tokens)[:, at - 1], axis=-1))
+    np.testing.assert_array_equal(got, tokens[:, prompt_length : prompt_length + 12])
+
+
+def test_a_sample_is_a_pure_function_of_its_key(model):
+    def draw(seed):
+        return model.sample(jax.random.key(seed), prompt=ids((3, 4)), num_tokens=10)
+
+    first = draw(0)
+    assert first.shape == (3, 10)
+    np.testing.assert_array_equal(first, draw(0))
+    assert (first != draw(1)).any()
+
+
+def test_top_k_and_top_p_draw_from_the_tokens_they_keep_with_their_probabilities():
+    logits = jnp.log(jnp.asarray([[0.5, 0.2, 0.15, 0.1, 0.05]]))
+    many = jnp.tile(logits, (20_000, 1))
+
+    def frequencies(**how):
+        how = {"temperature": jnp.float32(1), "top_k": None, "top_p": None} | how
+        return np.bincount(pick(many, jax.random.key(0), **how), minlength=5) / 20_000
+
+    np.testing.assert_allclose(frequencies(), [0.5, 0.2, 0.15, 0.1, 0.05], atol=0.015)
+    np.testing.assert_allclose(frequencies(top_k=2), [5 / 7, 2 / 7, 0, 0, 0], atol=0.015)
+    np.testing.assert_allclose(frequencies(top_p=jnp.float32(0.71)), [0.5 / 0.85, 0.2 / 0.85, 0.15 / 0.85, 0, 0], atol=0.015)
+    np.testing.assert_allclose(frequencies(top_p=jnp.float32(0.3)), [1, 0, 0, 0, 0])
+    squared = np.array([0.25, 0.04, 0.0225, 0.01, 0.0025])
+    np.testing.assert_allclose(frequencies(temperature=jnp.float32(0.5)), squared / squared.sum(), atol=0.015)
+    assert set(np.asarray(pick(many[:9], jax.random.key(0), None, None, None))) == {0}
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"prompt": np.zeros((1, 0), int)}, "at least one token"),
+        ({"prompt": np.zeros((1, 4))}, "integer token ids"),
+        ({"prompt": np.full((1, 4), 61)}, "vocabulary is 0 to 60"),
+        ({"num_tokens": 0}, "num_tokens is 0"),
+        ({"num_tokens": 46}, "need 49 positions, the model has 48"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+    ],
+)
+def test_sampling_refuses_what_makes_no_sense(model, how, message):
+    how = {"prompt": np.zeros((1, 3), int), "num_tokens": 2} | how
+    with pytest.raises(ValueError, match=message):
+        model.sample(jax.random.key(0), **how)
+
+
+def test_sequences_longer_than_the_model_are_refused(model):
+    with pytest.raises(ValueError, match="sequence of 49 tokens"):
+        model(ids((1, 49)))
+
+
+@pytest.mark.parametrize("how", [Execution("none", 1), Execution("dots", 1), Execution("full", "auto"), Execution("full", 2)])
+def test_remat_and_unrolling_change_no_gradient(model, how):
+    graphdef, params = nnx.split(model)
+    batch = {"tokens": ids((2, 16)), "targets": ids((2, 16), seed=1)}
+
+    def gradient(how):
+        def loss(params):
+            with execution(how):
+                return nnx.merge(graphdef, params).loss(batch)[0]
+
+        return jax.jit(jax.grad(loss))(params)
+
+    assert_close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)  # noqa: E731
+    jax.tree.map(assert_close, gradient(how), gradient(Execution("none", 2)))
+
+
+def test_a_stacked_model_compiles_to_the_same_size_at_any_depth():
+    def program_size(num_layers):
+        def loss(batch):
+            with execution(Execution("full", 1)):
+                model = models.create("llama-nano", rngs=nnx.Rngs(0), **(SMALL | {"num_layers": num_layers}))
+                return model.loss(batch)[0]
+
+        batch = {key: jax.ShapeDtypeStruct((2, 16), jnp.int32) for key in ("tokens", "targets")}
+        return len(jax.make_jaxpr(loss)(batch).pretty_print().splitlines())
+
+    assert program_size(40) <= program_size(4) + 2
+
+
+def test_bfloat16_compute_stays_near_float32(model):
+    graphdef, params = nnx.split(model)
+    batch = {"tokens": ids((2, 16)), "targets": ids((2, 16), seed=1)}
+    loss = lambda params: float(nnx.merge(graphdef, params).loss(batch)[0])  # noqa: E731
+    low = jax.tree.map(lambda value: value.astype(jnp.bfloat16), params)
+    assert nnx.merge(graphdef, low)(batch["tokens"]).dtype == jnp.float32
+    np.testing.assert_allclose(loss(low), loss(params), rtol=0.01)
+
+
+def test_rotary_scores_depend_on_the_distance_alone():
+    frequencies = layers.rope_frequencies(8, 100.0)
+    q, k = (jax.random.normal(jax.random.key(seed), (1, 1, 1, 8)) for seed in (0, 1))
+
+    def score(at, distance):
+        turned = [layers.rope(x, jnp.array([p]), frequencies) for x, p in ((q, at + distance), (k, at))]
+        return float(jnp.sum(turned[0] * turned[1]))
+
+    np.testing.assert_allclose(score(3, 5), score(40, 5), rtol=1e-4)
+    assert abs(score(3, 5) - score(3, 6)) > 1e-3
+
+
+def test_dropout_changes_the_loss_only_with_a_key_and_keeps_the_mean():
+    model = models.create("llama-nano", rngs=nnx.Rngs(0), **SMALL, dropout=0.5)
+    batch = {"tokens": ids((2, 16)), "targets": ids((2, 16), seed=1)}
+    plain, again = (float(model.loss(batch)[0]) for _ in range(2))
+    noisy = [float(model.loss(batch, nnx.Rngs(seed))[0]) for seed in (0, 0, 1)]
+    assert plain == again and noisy[0] == noisy[1] != noisy[2] and noisy[0] != plain
+    x = layers.dropout(jnp.ones(100_000), 0.3, jax.random.key(0))
+    np.testing.assert_allclose(x.mean(), 1, atol=0.01)
+    np.testing.assert_allclose((x == 0).mean(), 0.3, atol=0.01)
+
+
+def test_a_configuration_is_a_frozen_value():
+    cfg = models.preset("gpt2")
+    assert cfg == models.preset("gpt2") and hash(cfg) == hash(models.preset("gpt2"))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cfg.embed_dim = 3
