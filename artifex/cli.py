@@ -62,10 +62,10 @@ class Option:
         return "--" + ".".join(self.key).replace("_", "-")
 
 
-def fail(message: str) -> NoReturn:
-    """Print one line on stderr and exit with code 2."""
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Print one line on stderr and exit: 2 for what the user can mend, 1 for a run that failed."""
     print(f"error: {one_line(' '.join(message.splitlines()))}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 @contextlib.contextmanager
@@ -172,8 +172,7 @@ def _entry(head: str, text: str, width: int, column: int = 42) -> list[str]:
 
 def _comments(family: type) -> dict[str, str]:
     """Field -> the comment beside it: a family's fields are described where they are declared."""
-    found = re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(family), re.MULTILINE)
-    return {name: text for name, text in found}
+    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(family), re.MULTILINE))
 
 
 def _split(argv: list[str]) -> tuple[list[str], dict[str, list[str]]]:
@@ -221,8 +220,8 @@ def _resolve(values: Mapping[str, Any], given: Mapping[str, list[str]], known: l
     merged = {key: dict(part) if isinstance(part, Mapping) else part for key, part in values.items()}
     for flag, words in given.items():
         if flag not in by_flag:
-            near = nearest(flag, [*by_flag, *FLAGS, "--run-dir"])
-            hint = f"did you mean {near}?" if near else f"{PROGRAM} --help lists the options"
+            near = nearest(flag.lstrip("-"), [name[2:] for name in (*by_flag, *FLAGS, "--run-dir")])
+            hint = f"did you mean --{near}?" if near else f"{PROGRAM} --help lists the options"
             raise ConfigError(f"{flag} is unknown; {hint}", source=SOURCE)
         option = by_flag[flag]
         *outer, name = option.key

@@ -14,7 +14,7 @@ import functools
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -41,6 +41,10 @@ class ModelConfig(Section):
 
     name: str = Field(default="llama-nano", description="preset; artifex.models.list_models() names them all")
 
+    if TYPE_CHECKING:  # the overrides' names are known when `name` is
+
+        def __init__(self, /, *, name: str = ..., **overrides: Any) -> None: ...
+
     def spec(self) -> Any:
         """The family's frozen configuration, such as `DecoderConfig`."""
         return models.preset(self.name, **(self.__pydantic_extra__ or {}))
@@ -55,7 +59,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _fits_the_family(self) -> Self:
         if self.name not in models.PRESETS:
-            raise ConfigError(f"{self.name!r} is unknown; {did_you_mean(self.name, models.PRESETS)}", ("name",))
+            raise ConfigError(f"{shown(self.name)} is unknown; {did_you_mean(self.name, models.PRESETS)}", ("name",))
         known = field_types(type(models.PRESETS[self.name]))
         overrides = self.__pydantic_extra__ or {}
         for field, value in overrides.items():

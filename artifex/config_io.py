@@ -60,18 +60,23 @@ shown = _short.repr
 
 
 def nearest(word: str, known: Collection[str]) -> str | None:
-    """The member of `known` most like `word`, by the whole or by the last part of a path; None where none is near."""
+    """The member of `known` most like `word`, by the last part of a path or by the whole; None where none is near."""
     by_last = {name.rpartition(".")[2]: name for name in reversed(list(known))}
-    for names, wanted in (({name: name for name in known}, word), (by_last, word.rpartition(".")[2])):
+    last = word.rpartition(".")[2]
+    if last in by_last:
+        return by_last[last]
+    for names, wanted in (({name: name for name in known}, word), (by_last, last)):
         if found := difflib.get_close_matches(wanted, names, n=1):
             return names[found[0]]
     return None
 
 
 def did_you_mean(word: str, known: Collection[str]) -> str:
-    """The remedy for an unknown word: the nearest of `known`, else all of them that are no path."""
-    near = nearest(word, known)
-    return f"did you mean {near}?" if near else f"known are {', '.join(name for name in known if '.' not in name)}"
+    """The remedy for an unknown word: the nearest of `known`, else all of them, without the paths below one of them."""
+    if near := nearest(word, known):
+        return f"did you mean {near}?"
+    top = [name for name in known if "." not in name or name.partition(".")[0] not in known]
+    return f"known are {', '.join(top)}"
 
 
 def scalar(text: str) -> Any:
@@ -236,6 +241,8 @@ def _build(event: yaml.Event, events: Iterator[yaml.Event], key: tuple[str, ...]
 def _check_plain(event: Any, key: tuple[str, ...]) -> None:
     line = event.start_mark.line + 1
     if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-        raise ConfigError(f"has a YAML anchor or alias ({event.anchor}) at line {line}; write the value out", key)
+        raise ConfigError(
+            f"has a YAML anchor or alias ({shown(event.anchor)}) at line {line}; write the value out", key
+        )
     if event.tag is not None:
-        raise ConfigError(f"has a YAML tag ({event.tag}) at line {line}; plain values only", key)
+        raise ConfigError(f"has a YAML tag ({shown(event.tag)}) at line {line}; plain values only", key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,11 +26,11 @@ def make_schedule(cfg: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
         after = optax.linear_schedule(peak, final, rest)
     else:
         after = optax.constant_schedule(peak)
-    if cfg.warmup_steps == 0:
-        return after
-    # from 1 / warmup_steps, not 0: no step is spent without learning
-    warmup = optax.linear_schedule(peak / cfg.warmup_steps, peak, max(cfg.warmup_steps - 1, 1))
-    return optax.join_schedules([warmup, after], [cfg.warmup_steps])
+    if cfg.warmup_steps:
+        # from 1 / warmup_steps, not 0: no step is spent without learning
+        warmup = optax.linear_schedule(peak / cfg.warmup_steps, peak, max(cfg.warmup_steps - 1, 1))
+        after = optax.join_schedules([warmup, after], [cfg.warmup_steps])
+    return _promoting(after)
 
 
 def make_optimizer(cfg: OptimizerConfig, steps: int, names: Any) -> optax.GradientTransformation:
@@ -48,7 +49,7 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, names: Any) -> optax.Gradie
     elif cfg.name == "lion":
         chosen = optax.lion(rate, b1=cfg.beta1, b2=cfg.beta2, weight_decay=cfg.weight_decay, mask=decayed)
     elif cfg.name == "adafactor":
-        # optax multiplies this decay by nothing, so the learning rate is put in here as the others have it
+        # optax.adafactor decays by weight_decay alone; here, as in the others, it is times the learning rate
         chosen = optax.chain(
             optax.scale_by_factored_rms(),
             optax.clip_by_block_rms(1.0),
@@ -56,22 +57,28 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, names: Any) -> optax.Gradie
             optax.scale_by_learning_rate(rate),
         )
     elif cfg.name == "muon":
-        chosen = muon(
-            rate,
+        direction = muon(
+            1.0,  # the rate comes after the decay: optax's own would decay norms as well
             beta=cfg.momentum,
-            weight_decay=cfg.weight_decay,
-            weight_decay_mask=decayed,
             adam_b1=cfg.beta1,
             adam_b2=cfg.beta2,
-            adam_weight_decay=cfg.weight_decay,
+            eps=cfg.eps,
             muon_weight_dimension_numbers=_map_names(lambda path, axes: matrix_dims(axes), names),
             consistent_rms=0.2,
+        )
+        chosen = optax.chain(
+            direction,
+            optax.scale(-1.0),
+            optax.add_decayed_weights(cfg.weight_decay, decayed),
+            optax.scale_by_learning_rate(rate),
         )
     else:
         chosen = optax.chain(
             optax.add_decayed_weights(cfg.weight_decay, decayed), optax.sgd(rate, momentum=cfg.momentum or None)
         )
-    return chosen if cfg.clip_norm is None else optax.chain(optax.clip_by_global_norm(cfg.clip_norm), chosen)
+    if cfg.clip_norm is not None:
+        chosen = optax.chain(optax.clip_by_global_norm(cfg.clip_norm), chosen)
+    return optax.GradientTransformation(chosen.init, _promoting(chosen.update))
 
 
 def matrix_dims(names: tuple[str, ...]) -> MuonDimensionNumbers | None:
@@ -85,6 +92,17 @@ def matrix_dims(names: tuple[str, ...]) -> MuonDimensionNumbers | None:
         return None
     split = 1 if names[dims[0]] == "embed" else len(dims) - 1
     return MuonDimensionNumbers(tuple(dims[:split]), tuple(dims[split:]))
+
+
+def _promoting(function: Callable) -> Callable:
+    """`function` with JAX's ordinary promotion: optax mixes its integer step count with floats."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def _map_names(function: Callable[[Any, tuple[str, ...]], Any], names: Any) -> Any:

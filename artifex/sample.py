@@ -118,7 +118,7 @@ def load(path: Path, step: int | None = None) -> nnx.Module:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), nnx.to_pure_dict(state)
         )
         part = "params" if config.training.ema_decay is None else "ema"
-        return nnx.merge(graphdef, checkpoints.restore_subtree(step, part, target))
+        return nnx.merge(graphdef, checkpoints.restore(step, target, under=part))
 
 
 if __name__ == "__main__":

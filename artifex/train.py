@@ -1,25 +1,29 @@
 """`python -m artifex.train`: configuration -> plan -> mesh -> blueprint -> state -> steps -> checkpoints, samples, weights.
 
-Read it from top to bottom. What needs JAX is imported inside `train`, after the command line was read: `--help`,
+Read it from top to bottom. What needs JAX is imported inside the functions, after the command line was read: `--help`,
 `--print-config` and configuration errors answer without it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from artifex.cli import parse_train, user_errors
+from artifex.cli import fail, parse_train, user_errors
 from artifex.config import Config
+from artifex.scaling.manifest import CheckpointError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import jax
 
     from artifex.data.text import TextCorpus
     from artifex.scaling.checkpoints import Checkpoints
+    from artifex.scaling.plan import Plan
     from artifex.training.progress import Report
     from artifex.training.run_folder import RunFolder
     from artifex.training.state import Blueprint, TrainState
@@ -30,30 +34,57 @@ def main(argv: list[str] | None = None) -> None:
     command = parse_train(argv)
     if command.print_config:
         print(command.config.to_yaml(), end="")
-        return
-    with user_errors():
-        if command.dry_run:
+    elif command.dry_run:
+        with user_errors():
             print(dry_run(command.config))
-        else:
-            train(command.config, command.run_dir)
+    else:
+        try:
+            with user_errors():
+                run = open_run(command.config, command.run_dir)
+            run_steps(run)
+        except (FloatingPointError, CheckpointError) as error:
+            fail(str(error), code=1)
 
 
 def train(config: Config, run_dir: str | Path) -> Path:
     """Train as `config` says into the folder `run_dir`, or go on where its newest checkpoint stands. Returns the folder.
 
-    Raises `ValueError` for a configuration, mesh or data that do not fit, before anything is compiled, and
-    `FloatingPointError` at the first loss or gradient that is not finite; the last good checkpoint stays.
+    Raises `ValueError` for a configuration, mesh, data or folder that do not fit, before anything is compiled,
+    `FloatingPointError` at the first loss or gradient that is not finite (the last good checkpoint stays), and
+    `CheckpointError` where nothing can be saved.
     """
+    return run_steps(open_run(config, run_dir))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that was opened: everything it is made of, and where it stands."""
+
+    blue: Blueprint
+    corpus: TextCorpus
+    folder: RunFolder
+    checkpoints: Checkpoints
+    state: TrainState
+    start: int  # steps done
+    notes: list[str]  # what the user should know about how it was opened
+
+    @property
+    def config(self) -> Config:
+        """The resolved configuration."""
+        return self.blue.config
+
+
+def open_run(config: Config, run_dir: str | Path) -> Run:
+    """Everything before the first step, in the order in which mistakes are cheap."""
     import jax
 
     from artifex.data.text import load_text
+    from artifex.data.tokenizers import save_tokenizer
     from artifex.scaling.checkpoints import Checkpoints
-    from artifex.training.progress import Report
     from artifex.training.run_folder import RunFolder
     from artifex.training.state import blueprint
 
     # configuration -> plan -> mesh: wrong sizes fail here, before data is read
-    config.check()
     plan = plan_of(config, jax.device_count())
     mesh = plan.make_mesh()
     # what is in the folder, and whether this run is the one in it
@@ -65,33 +96,26 @@ def train(config: Config, run_dir: str | Path) -> Path:
         tokenizer=config.data.tokenizer,
         bpe_vocab_size=config.data.bpe_vocab_size,
         validation_fraction=config.data.validation_fraction,
+        cache_dir=folder.path / "cache",
     )
     check_vocabulary(config, corpus)
     # abstract model -> placement
     blue = blueprint(config, plan, mesh)
-    with Checkpoints(folder.checkpoints, keep=config.checkpoint.keep) as checkpoints:
-        # sharded init or restore
-        state, start, how = begin(blue, checkpoints, corpus)
-        folder.write_config(config)
-        corpus.tokenizer.save(folder.tokenizer)
-        folder.keep_metrics_up_to(start)
-        with Report(start, config.training.steps, bar=config.logging.progress) as report:
-            report.line(summary(config, blue, corpus))
-            for line in [*(f"changed since it was saved: {change}" for change in changes), *how]:
-                report.line(line)
-            if start >= config.training.steps:
-                report.line(f"nothing left to train; to go on: --training.steps {2 * config.training.steps}")
-                return folder.path
-            # (data, step) loop
-            state, step = fit(blue, state, start, corpus, folder, checkpoints, report)
-            finish(blue, state, step, corpus, folder, report)
-    return folder.path
+    # sharded init or restore
+    checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep)
+    state, start, notes = begin(blue, checkpoints, corpus)
+    folder.keep_metrics_up_to(start)
+    folder.write_config(config)
+    save_tokenizer(corpus.tokenizer, folder.tokenizer)
+    notes = [*(f"changed since it was saved: {change}" for change in changes), *notes]
+    return Run(blue, corpus, folder, checkpoints, state, start, notes)
 
 
-def plan_of(config: Config, device_count: int) -> Any:
+def plan_of(config: Config, device_count: int) -> Plan:
     """The plan of a configuration on `device_count` devices, checked against the batch."""
     from artifex.scaling.plan import Plan
 
+    config.check()
     microbatches = config.training.gradient_accumulation
     plan = Plan.from_device(config.device, device_count, remat=config.training.remat, microbatches=microbatches)
     plan.check_batch(config.training.batch_size)
@@ -116,43 +140,50 @@ def begin(blue: Blueprint, checkpoints: Checkpoints, corpus: TextCorpus) -> tupl
     saved = checkpoints.metadata(step)["data"]["fingerprint"]
     if saved != corpus.fingerprint:
         raise ValueError(
-            f"the data changed: step {step} was trained on fingerprint {saved}, {corpus.source} now has "
-            f"{corpus.fingerprint}; restore the data or choose another --run-dir"
+            f"the data changed: step {step} was trained on fingerprint {saved[:12]}, {corpus.source} now has "
+            f"{corpus.fingerprint[:12]}; restore the data or choose another --run-dir"
         )
-    state = checkpoints.restore(step, blue.state)
-    return state, step, [*skipped, f"resumed from step {step} in {checkpoints.folder}"]
+    return checkpoints.restore(step, blue.state), step, [*skipped, f"resumed from step {step} in {checkpoints.folder}"]
 
 
-def fit(
-    blue: Blueprint,
-    state: TrainState,
-    start: int,
-    corpus: TextCorpus,
-    folder: RunFolder,
-    checkpoints: Checkpoints,
-    report: Report,
-) -> tuple[TrainState, int]:
-    """Run the steps from `start` on; returns the last state and its step, fewer than asked where a signal stopped it."""
+def run_steps(run: Run) -> Path:
+    """Train an opened run to its last step, or to a signal; then plot, export and say how to go on."""
+    from artifex.training.progress import Report
+
+    steps = run.config.training.steps
+    with run.checkpoints, Report(run.start, steps, bar=run.config.logging.progress) as report:
+        for line in [summary(run), *run.notes]:
+            report.line(line)
+        if run.start < steps:
+            state, step = fit(run, report)
+            finish(run, state, step, report)
+        else:
+            report.line(f"nothing left to train; to go on: --training.steps {2 * steps}")
+    return run.folder.path
+
+
+def fit(run: Run, report: Report) -> tuple[TrainState, int]:
+    """The (data, step) loop. Returns the last state and its step, fewer than asked where a signal stopped it."""
     import jax
 
-    from artifex.data.text import train_batches
+    from artifex.data.batches import Batches
     from artifex.training.meter import Meter
+    from artifex.training.signals import stop_signals
     from artifex.training.step import make_step
 
-    config = blue.config
+    config, blue, corpus = run.config, run.blue, run.corpus
     cfg, every = config.training, config.checkpoint.every
-    meter = Meter(config, corpus, folder, report)
-    run_step, validate = make_step(blue), make_validate(blue, corpus)
-    batches = train_batches(
+    batches = Batches(
         corpus.train,
         batch_size=cfg.batch_size,
         sequence_length=config.data.sequence_length,
         seed=cfg.seed,
-        start_step=start,
+        vocab_size=corpus.vocab_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-    )
-    step = start
+    ).stream(run.start)
+    meter, run_step, validate = Meter(config, corpus, run.folder, report), make_step(blue), make_validate(run)
+    state, step = run.state, run.start
     with stop_signals() as stop:
         while step < cfg.steps and not stop:
             asked = time.perf_counter()
@@ -168,9 +199,10 @@ def fit(
                     meter.validated(step, *validate(state))
             if last or (every and step % every == 0):
                 with meter.aside():  # reads this step's metrics first: what is not finite is never saved
-                    checkpoints.save(step, state, {"data": {"fingerprint": corpus.fingerprint}, "config": config.to_dict()})
-                    folder.write_sample(step, sample_text(blue, state, corpus))
-    checkpoints.wait()
+                    run.checkpoints.save(step, state, {"data": {"fingerprint": corpus.fingerprint, "batches": step}})
+                    run.folder.write_sample(step, sample_text(run, state))
+    batches.close()
+    run.checkpoints.wait()
     if stop:
         report.line(f"stopped by {stop[0]} at step {step}, which is saved")
     return state, step
@@ -186,74 +218,72 @@ def place(blue: Blueprint, batch: dict[str, Any]) -> dict[str, jax.Array]:
     return {key: jax.make_array_from_process_local_data(where[key], value) for key, value in batch.items()}
 
 
-def make_validate(blue: Blueprint, corpus: TextCorpus):
-    """`validate(state) -> (mean nats, targets)` over the same batches each time; the average of weights where there is one."""
+def make_validate(run: Run) -> Callable[[TrainState], tuple[float, int]]:
+    """`validate(state) -> (mean nats, targets)` over the same batches each time, with the average of weights if kept."""
     import jax
 
-    from artifex.data.text import validation_batches
+    from artifex.data.batches import validation_batches
     from artifex.training.step import make_evaluate
 
-    config, evaluate = blue.config, make_evaluate(blue)
-    batches = validation_batches(
-        corpus.validation,
-        batch_size=config.training.batch_size,
-        sequence_length=config.data.sequence_length,
-        count=config.training.validation_batches,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    config, evaluate = run.config, make_evaluate(run.blue)
 
     def validate(state: TrainState) -> tuple[float, int]:
-        params = state.params if state.ema is None else state.ema
-        sums = [evaluate(params, place(blue, batch)) for batch in batches]
+        batches = validation_batches(
+            run.corpus.validation,
+            batch_size=config.training.batch_size,
+            sequence_length=config.data.sequence_length,
+            count=config.training.validation_batches,
+            vocab_size=run.corpus.vocab_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        sums = [evaluate(state.weights, place(run.blue, batch)) for batch in batches]
         nats, targets = (sum(float(pair[index]) for pair in sums) for index in (0, 1))
         return nats / targets, int(targets)
 
     return validate
 
 
-def sample_text(blue: Blueprint, state: TrainState, corpus: TextCorpus) -> str:
+def sample_text(run: Run, state: TrainState) -> str:
     """A continuation of the configured prompt, the same draw at every step, so that progress is visible."""
     import jax
     from flax import nnx
 
-    cfg = blue.config.training
-    prompt = corpus.tokenizer.encode(cfg.sample_prompt)[None]
-    room = min(cfg.sample_tokens, blue.config.model.spec().sequence_length - prompt.shape[1])
+    cfg, tokenizer = run.config.training, run.corpus.tokenizer
+    prompt = tokenizer.encode(cfg.sample_prompt)[None]
+    room = min(cfg.sample_tokens, run.config.model.spec().sequence_length - prompt.shape[1])
     if room < 1:
         return ""
-    model = nnx.merge(blue.graphdef, state.params if state.ema is None else state.ema)
+    model = nnx.merge(run.blue.graphdef, state.weights)
     drawn = model.sample(jax.random.key(cfg.seed), prompt=prompt, num_tokens=room, temperature=0.7, top_p=0.95)
-    return cfg.sample_prompt + corpus.tokenizer.decode(jax.device_get(drawn)[0])
+    return cfg.sample_prompt + tokenizer.decode(jax.device_get(drawn)[0])
 
 
-def finish(blue: Blueprint, state: TrainState, step: int, corpus: TextCorpus, folder: RunFolder, report: Report) -> None:
+def finish(run: Run, state: TrainState, step: int, report: Report) -> None:
     """Loss curve, weights alone, the last sample, and how to use what was made."""
+    from artifex.data.tokenizers import save_tokenizer
     from artifex.models.weights import save_pretrained
     from artifex.training.meter import unit_of
 
-    config = blue.config
-    folder.plot(*unit_of(corpus))
-    params = state.params if state.ema is None else state.ema
-    save_pretrained(folder.weights, config.model.name, config.model.spec(), params)
-    corpus.tokenizer.save(folder.weights / folder.tokenizer.name)
-    report.line("\n" + sample_text(blue, state, corpus).rstrip() + "\n")
+    config, folder = run.config, run.folder
+    folder.plot(*unit_of(run.corpus))
+    save_pretrained(folder.weights, config.model.name, config.model.spec(), state.weights)
+    save_tokenizer(run.corpus.tokenizer, folder.weights / folder.tokenizer.name)
+    report.line("\n" + folder.read_sample(step).rstrip() + "\n")
     report.line(f"{folder.path}: config.json metrics.jsonl loss.png samples/ checkpoints/ weights/")
     report.line(f'sample from it:  python -m artifex.sample {folder.path} --prompt "{config.training.sample_prompt}"')
     more = config.training.steps if step < config.training.steps else 2 * config.training.steps
     report.line(f"go on with it:   python -m artifex.train {folder.config} --training.steps {more} --run-dir {folder.path}")
 
 
-def summary(config: Config, blue: Blueprint, corpus: TextCorpus) -> str:
+def summary(run: Run) -> str:
     """One line on what is trained, on what, and where."""
     import jax
 
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(blue.state.params))
-    kind = jax.devices()[0].device_kind
-    return (
-        f"{config.model.name}, {count:,} parameters, on {corpus.describe()}; "
-        f"{jax.device_count()} {kind} device{'s' if jax.device_count() > 1 else ''}, {blue.plan}"
-    )
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.state.params))
+    devices = jax.devices()
+    kind = f"{len(devices)} {devices[0].device_kind} device{'s' if len(devices) > 1 else ''}"
+    return f"{run.config.model.name}, {count:,} parameters, on {run.corpus.describe()}; {kind}, {run.blue.plan}"
 
 
 def dry_run(config: Config) -> str:
@@ -266,7 +296,6 @@ def dry_run(config: Config) -> str:
     from artifex.training.state import blueprint
     from artifex.training.step import make_step
 
-    config.check()
     plan = plan_of(config, jax.device_count())
     blue = blueprint(config, plan, plan.make_mesh())
     abstract = nnx.eval_shape(lambda: config.model.spec().build(nnx.Rngs(0)))
@@ -289,29 +318,6 @@ def dry_run(config: Config) -> str:
     lines.append(f"  the step's own    {size_text(used.temp_size_in_bytes)}  (gradients and activations, by XLA)")
     lines.append(f"  in all            {size_text(whole)}")
     return "\n".join(lines)
-
-
-class stop_signals:
-    """Within it, Ctrl-C and SIGTERM are noted in a list instead of ending the process; a second one ends it."""
-
-    def __enter__(self) -> list[str]:
-        self.seen: list[str] = []
-        self.before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self.before[number] = signal.signal(number, self.note)
-            except ValueError:  # only the main thread may handle signals; elsewhere they stay as they are
-                break
-        return self.seen
-
-    def note(self, number: int, frame: Any) -> None:
-        if self.seen:
-            raise KeyboardInterrupt
-        self.seen.append(signal.Signals(number).name)
-
-    def __exit__(self, *error: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

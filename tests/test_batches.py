@@ -75,14 +75,22 @@ def test_targets_are_the_next_tokens_of_the_raw_corpus():
 
 
 @pytest.mark.parametrize(
-    ("size", "length", "batch"),
-    [(1_000, 10, 8), (1_009, 10, 7), (33, 32, 5), (100, 99, 1), (50, 1, 50), (70_000, 1, 999)],
+    ("size", "length", "batch", "epochs"),
+    [
+        (1_000, 10, 8, 4),
+        (1_009, 10, 7, 4),
+        (33, 32, 5, 4),
+        (100, 99, 1, 4),
+        (50, 1, 50, 4),
+        (65_537, 1, 999, 1),
+        (65_538, 1, 999, 1),
+    ],
 )
-def test_an_epoch_covers_the_corpus_without_overlap(size, length, batch):
+def test_an_epoch_covers_the_corpus_without_overlap(size, length, batch, epochs):
     batches = Batches(positions(size), batch_size=batch, sequence_length=length, seed=5)
     windows = size // length
-    rows = rows_of(batches, 2 * windows)
-    for epoch in range(2):
+    rows = rows_of(batches, epochs * windows)
+    for epoch in range(epochs):
         seen = np.concatenate(rows[epoch * windows : (epoch + 1) * windows])
         assert len(np.unique(seen)) == len(seen) == size - size % length
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 ROOT = Path(__file__).parents[1]
 PAGES = [page for page in ("README.md", "docs/quickstart.md", "docs/scaling.md") if (ROOT / page).exists()]
 DOCUMENT = ROOT / "tests/data/scaling_document_blocks.md"
-SHOWN = re.compile(r"^\s*print\(.*\)  # (.+)$", re.MULTILINE)
+SHOWN = re.compile(r"^ *print\(.*\)(?:  |\n *)# (.+)$", re.MULTILINE)  # a result stands behind its print, or below it
 
 
 def blocks(page: Path) -> list[str]:
@@ -48,11 +48,9 @@ def undefined():
 
 
 def test_every_block_of_the_scaling_document_gives_what_it_says(capsys):
-    made = {}
-    namespace = undefined()
+    made = undefined()
     for code in blocks(DOCUMENT):
-        run(DOCUMENT, code, namespace)
-        made |= {key: value for key, value in namespace.items() if key != "spec" or "spec" not in made}
+        run(DOCUMENT, code, made)
     assert capsys.readouterr().out.splitlines() == [
         "Available devices: 8",
         "Mesh shape: (2, 4)",
@@ -83,9 +81,8 @@ def test_blocks_of_the_scaling_document_that_name_no_count_run_on_any(count, mon
     quick_start, *others = blocks(DOCUMENT)
     run(DOCUMENT, quick_start, namespace)
     assert set(namespace["mesh"].devices.flat) == set(present)
-    placing = [code for code in others if "apply_sharding" in code or ("pipeline" in code and "mesh_axis=2" in code)]
-    assert len(placing) == 3
-    for code in placing:
-        run(DOCUMENT, code, namespace)
+    for code in others:
+        if "apply_sharding" in code:
+            run(DOCUMENT, code, namespace)
     assert set(namespace["sharded_data"].devices()) == set(present)
     assert set(namespace["sharded_weights"]["up"].devices()) == set(present)

@@ -98,7 +98,7 @@ def test_a_file_that_is_most_of_the_corpus_is_trained_on(tmp_path):
         assert load_text(folder).validation_files == ("small.txt",)
 
 
-@pytest.mark.parametrize("fraction", [1e-9, 0.05, 0.3, 0.99])
+@pytest.mark.parametrize("fraction", [1e-300, 0.05, 0.3, 0.99])
 def test_a_single_file_is_cut_at_a_character_and_its_end_held_out(tmp_path, fraction):
     (tmp_path / "one.txt").write_text("日本語🦎ß" * 30, encoding="utf-8")
     corpus = load_text(tmp_path / "one.txt", validation_fraction=fraction)
@@ -127,6 +127,13 @@ def test_a_folder_leaves_out_hidden_and_empty_files_and_counts_what_is_no_text(t
     assert sorted(corpus.train_files + corpus.validation_files) == ["a/deep/a.txt", "b.txt"]
     assert corpus.skipped == ("latin.txt", "nul.bin", "picture.png", "pipe")
     assert "skipped 4 that are not UTF-8 text (latin.txt, nul.bin, picture.png, ...)" in corpus.describe()
+
+
+def test_a_folder_named_stdlib_is_read_by_its_path(tmp_path, monkeypatch):
+    write_folder(tmp_path / "stdlib", 3)
+    monkeypatch.chdir(tmp_path)
+    for source in ("./stdlib", Path("stdlib")):
+        assert len(load_text(source).train_files) == 2
 
 
 def test_the_fingerprint_changes_with_the_data_and_with_nothing_else(tmp_path):
@@ -207,7 +214,7 @@ def test_a_missing_empty_or_binary_source_is_refused(tmp_path):
         "nothing.npy": "nothing.npy cannot be read: No such file",
         "empty.txt": "empty.txt is empty",
         "one.txt": "one.txt has 1 bytes of text, too few to hold some out",
-        "picture.png": "picture.png is not UTF-8 text; convert it, or store tokens",
+        "picture.png": "picture.png is not a file of UTF-8 text; convert it, or store tokens",
         "folder": "has no text: 0 files are not UTF-8",
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -232,6 +239,18 @@ def test_an_unreadable_file_or_folder_is_an_error_not_a_gap(tmp_path, monkeypatc
         patch.setattr(os, "scandir", refuse)
         with pytest.raises(ValueError, match=r"folder .* cannot be read: Permission denied"):
             load_text(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", refuse)
+        with pytest.raises(ValueError, match=r"cannot be read: Permission denied"):
+            load_text(tmp_path)
+
+
+def test_a_text_that_a_tokenizer_makes_nothing_of_is_refused(tmp_path):
+    library = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "one.txt").write_text("xyz")
+    with pytest.raises(ValueError, match=r"tokenizer bpe-1 makes 0 tokens of one.txt.*; give more text"):
+        load_text(tmp_path / "one.txt", tokenizer=tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize(

@@ -59,9 +59,15 @@ def test_decoding_never_fails(tokenizer):
     assert tokenizer.decode([*x, 50_000, *x, -1]) == "x\N{REPLACEMENT CHARACTER}x\N{REPLACEMENT CHARACTER}"
 
 
+@pytest.mark.parametrize("tokenizer", some_tokenizers(), ids=lambda t: t.name)
+def test_no_text_holds_the_end_of_a_document(tokenizer):
+    assert not set(tokenizer.separator) & set(tokenizer.encode("a<|endoftext|>b").tolist())
+
+
 def test_bytes_are_the_utf8_of_the_text():
     assert ByteTokenizer().encode("é\n").tolist() == [0xC3, 0xA9, 0x0A]
     assert ByteTokenizer().decode([0x61, 0xC3]) == "a\N{REPLACEMENT CHARACTER}"
+    assert ByteTokenizer().decode([256, 0x61]) == "\N{REPLACEMENT CHARACTER}a"
 
 
 def test_ids_read_and_write_ids():

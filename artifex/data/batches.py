@@ -132,9 +132,19 @@ def _epoch(seed: int, epoch: int, windows: int) -> tuple[int, Callable[[int], in
     hashed = np.random.SeedSequence(seed, spawn_key=(epoch,))
     offset, shuffle = hashed.generate_state(2, np.uint64).tolist()
     if windows > _STORED_ORDER:
-        return offset, functools.partial(index_shuffle, max_index=windows - 1, seed=shuffle % 2**32, rounds=4)
+        return offset, functools.partial(_shuffled, windows=windows, seed=shuffle % 2**32)
     # Raw bits, because numpy keeps them from release to release, and does not keep `permutation`.
     return offset, np.argsort(np.random.Philox(hashed).random_raw(windows), kind="stable").__getitem__
+
+
+def _shuffled(place: int, windows: int, seed: int) -> int:
+    """Where a permutation of range(windows) that is nowhere stored sends `place`."""
+    # In grain 0.2.18 index_shuffle sends 0 and max_index to one place where max_index is a power of 4 from 2**16 up.
+    # An odd bound is none; walking on from the one or two places beyond the last window leaves a permutation.
+    while True:
+        place = index_shuffle(place, max_index=windows | 1, seed=seed, rounds=4)
+        if place < windows:
+            return place
 
 
 def _local_rows(batch_size: int, process_index: int, process_count: int) -> range:

@@ -43,7 +43,7 @@ class TextCorpus:
     tokenizer: Tokenizer
     train: np.ndarray
     validation: np.ndarray
-    fingerprint: str  # changes with any name, content, split or tokenizer; of a token file with its size and samples
+    fingerprint: str  # of every token of either split; of a token file: of its size, dtype and samples
     train_files: tuple[str, ...]
     validation_files: tuple[str, ...]
     skipped: tuple[str, ...]  # files of a folder that are not UTF-8 text
@@ -56,14 +56,14 @@ class TextCorpus:
 
     def describe(self) -> str:
         """One line: what there is to train on, what is held out, what was skipped."""
-        parts = [
-            f"{self.source}: {len(tokens):,} {split} tokens of {len(files)} file{'s' * (len(files) != 1)}"
+        counts = [
+            f"{len(tokens):,} {split} tokens of {len(files)} file{'s' * (len(files) != 1)}"
             for split, tokens, files in (
                 ("training", self.train, self.train_files),
                 ("validation", self.validation, self.validation_files),
             )
         ]
-        line = f"{parts[0]}, {parts[1].removeprefix(self.source + ': ')}, tokenizer {self.tokenizer.name}"
+        line = f"{self.source}: {', '.join(counts)}, tokenizer {self.tokenizer.name}"
         if self.skipped:
             more = ", ..." if len(self.skipped) > 3 else ""
             line += f"; skipped {len(self.skipped)} that are not UTF-8 text ({', '.join(self.skipped[:3])}{more})"
@@ -112,7 +112,7 @@ def load_text(
     if tokenizer == "ids":
         raise ValueError(f"tokenizer 'ids' is for token files (.npy, .uint16, ...), but {name} is text: choose 'bytes'")
 
-    documents, skipped = _read_stdlib() if name == "stdlib" else _read_path(path)
+    documents, skipped = _read_stdlib() if source == "stdlib" else _read_path(path)
     train, validation = _split(name, documents, validation_fraction)
     if ready is None:
         ready = _cached_bpe(train, bpe_vocab_size, cache_dir)
@@ -123,7 +123,7 @@ def load_text(
         ready,
         train_tokens,
         validation_tokens,
-        _fingerprint([ready.to_json(), _digest(train), _digest(validation)]),
+        _hash([str(ready.vocab_size).encode(), train_tokens.data, validation_tokens.data]),
         tuple(document.name for document in train),
         tuple(document.name for document in validation),
         tuple(skipped),
@@ -153,9 +153,14 @@ def _read_stdlib() -> tuple[list[_Document], list[str]]:
 
 
 def _read_path(path: Path) -> tuple[list[_Document], list[str]]:
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; give 'stdlib', a file, a folder or a .npy of tokens as the source")
-    if path.is_dir():
+    try:
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError as error:
+        hint = "give 'stdlib', a file, a folder or a .npy of tokens as the source"
+        raise ValueError(f"{path} does not exist; {hint}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    if is_folder:
         documents, skipped = _read(path, _files(path, lambda folder: not folder.startswith(".")))
         if not documents:
             raise ValueError(
@@ -164,7 +169,7 @@ def _read_path(path: Path) -> tuple[list[_Document], list[str]]:
         return documents, skipped
     documents, skipped = _read(path.parent, [path])
     if skipped:
-        raise ValueError(f"{path} is not UTF-8 text; convert it, or store tokens as a 1-D integer .npy")
+        raise ValueError(f"{path} is not a file of UTF-8 text; convert it, or store tokens as a 1-D integer .npy")
     if not documents:
         raise ValueError(f"{path} is empty; give a file with text")
     return documents, []
@@ -216,7 +221,7 @@ def _split(source: str, documents: Sequence[_Document], fraction: float) -> tupl
     target = fraction * sum(len(document.content) for document in documents)
 
     def place(document: _Document) -> float:
-        return int.from_bytes(hashlib.sha256(_utf8(document.name)).digest()[:8]) / 2**64
+        return int.from_bytes(hashlib.sha256(os.fsencode(document.name)).digest()[:8]) / 2**64
 
     held_out = {d.name for d in documents if place(d) < fraction and len(d.content) <= target}
     if not 0 < len(held_out) < len(documents):
@@ -239,7 +244,7 @@ def _cut(source: str, document: _Document, fraction: float) -> tuple[list[_Docum
 def _cached_bpe(train: Sequence[_Document], vocab_size: int, cache_dir: str | os.PathLike[str] | None) -> Tokenizer:
     cached = None
     if cache_dir is not None:
-        cached = Path(cache_dir, f"bpe-{vocab_size}-{_digest(train)[:16]}.json")
+        cached = Path(cache_dir, f"bpe-{vocab_size}-{_hash(document.content for document in train)[:16]}.json")
         if cached.exists():
             return load_tokenizer(cached)
     trained = train_bpe((document.content.decode() for document in train), vocab_size)
@@ -253,6 +258,10 @@ def _tokenize(documents: Sequence[_Document], tokenizer: Tokenizer) -> tuple[np.
     separator = np.array(tokenizer.separator, smallest_dtype(tokenizer.vocab_size))
     encoded = tokenizer.encode_batch(document.content.decode() for document in documents)
     tokens = np.concatenate([part for ids in encoded for part in (ids, separator)])
+    if len(tokens) < 2:
+        raise ValueError(
+            f"tokenizer {tokenizer.name} makes {len(tokens)} tokens of {documents[0].name}; give more text"
+        )
     return tokens, sum(len(document.content) + 1 for document in documents) / len(tokens)
 
 
@@ -287,20 +296,13 @@ def _token_corpus(source: str, tokens: np.ndarray, tokenizer: Tokenizer | None, 
         )
     cut = min(max(int(len(tokens) * (1 - fraction)), 2), len(tokens) - 2)
     ratio = 1.0 if isinstance(tokenizer, ByteTokenizer) else None
-    facts = [
-        tokenizer.to_json(),
-        str(tokens.dtype),
-        str(len(tokens)),
-        str(cut),
-        hashlib.sha256(sample.tobytes()).hexdigest(),
-    ]
     name = Path(source).name
     return TextCorpus(
         source,
         tokenizer,
         tokens[:cut],
         tokens[cut:],
-        _fingerprint(facts),
+        _hash([f"{tokenizer.vocab_size} {tokens.dtype} {len(tokens)} {cut}".encode(), sample.tobytes()]),
         (f"{name}[:{cut}]",),
         (f"{name}[{cut}:]",),
         (),
@@ -308,13 +310,6 @@ def _token_corpus(source: str, tokens: np.ndarray, tokenizer: Tokenizer | None, 
     )
 
 
-def _digest(documents: Iterable[_Document]) -> str:
-    return _fingerprint([f"{d.name} {hashlib.sha256(d.content).hexdigest()}" for d in documents])
-
-
-def _fingerprint(facts: Iterable[str]) -> str:
-    return hashlib.sha256(_utf8("\0".join(facts))).hexdigest()
-
-
-def _utf8(text: str) -> bytes:
-    return text.encode(errors="surrogateescape")  # file names need not be UTF-8
+def _hash(parts: Iterable[bytes | memoryview]) -> str:
+    """One hash of all parts, each hashed alone first: where a part ends is part of it."""
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()

@@ -240,7 +240,8 @@ def resolve(
             if axis in too_small:
                 notes.append(f"no dim reaches the {too_small[axis]} that {axis} asks for")
             elif axis in used:
-                notes.append(f"{rule.name} whole: {axis} already splits {used[axis].name}")
+                if used[axis].strategy != rule.strategy:  # its own later choices were not needed
+                    notes.append(f"{rule.name} whole: {axis} already splits {used[axis].name}")
             elif shape[dim] % ways:
                 notes.append(f"{rule.name} {shape[dim]} does not divide by {ways} ({'+'.join([*taken, axis])})")
                 break

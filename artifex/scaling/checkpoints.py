@@ -2,6 +2,7 @@
 
     <folder>/<step>/arrays/<path.of.the.array>/...   one Zarr array for each leaf, written by Orbax
     <folder>/<step>/manifest.json                    written last, see `artifex.scaling.manifest`
+    <folder>/<step>.saving-<n>/                      a save under way; renamed to <step> when it is complete
 
 A tree is stored by the paths of its leaves ("params/layers/up/kernel", "optimizer/0/mu/..."), not by its classes.
 `folder` is a local or a shared file system that every process sees.
@@ -38,6 +39,7 @@ from artifex.scaling.manifest import CheckpointError
 __all__ = ["CheckpointError", "Checkpoints"]
 
 _ARRAYS = "arrays"
+_ATTEMPTS = itertools.count(1)  # alike in all processes, for they save alike
 _LOG = logging.getLogger("artifex")
 _ORBAX_LOG = logging.getLogger("artifex.orbax")
 _ORBAX_FOLDER = os.path.join(os.path.dirname(ocp.__file__), "")
@@ -48,7 +50,7 @@ class Checkpoints:
     a program that ends without closing loses the save under way.
 
     Reading changes nothing in the folder. `save` removes what a killed save left behind, and renames steps that do not
-    come before the new one: a run that went on from an earlier step has left them.
+    come before the new one (to "<step>.left-<n>"): a run that went on from an earlier step has left them.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int = 3, asynchronous: bool = True) -> None:
@@ -57,7 +59,7 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self.keep = keep
         self.asynchronous = asynchronous
-        self._last: int | None = None  # the step this object saved last
+        self._last = -1  # the step this object saved last
         self._pending: tuple[int, Future[None]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._orbax = ocp.AsyncCheckpointer(_handler())
@@ -86,8 +88,8 @@ class Checkpoints:
         and `CheckpointError` if this or the previous save failed.
         """
         self.wait()
-        if step < 0 or (self._last is not None and step <= self._last):
-            raise ValueError(f"step {step} cannot follow step {self._last}; steps ascend from 0")
+        if step <= self._last:
+            raise ValueError(f"step {step} is not above {self._last}; steps count up, from 0")
         arrays = _by_path(tree)
         _check_arrays(arrays)
         manifest.check_metadata(metadata)
@@ -97,14 +99,17 @@ class Checkpoints:
             "metadata": copy.deepcopy(metadata),
             "arrays": {path: {"shape": list(x.shape), "dtype": str(x.dtype)} for path, x in arrays.items()},
         }
+        # A folder of its own for each attempt: the writers of a failed one may still be busy in theirs.
+        attempt = self.folder / f"{step}.saving-{next(_ATTEMPTS)}"
         try:
             if jax.process_index() == 0:  # Orbax lets no process start before this one comes
-                self._make_way(step)
-                (self.folder / str(step)).mkdir(parents=True)
-            self._orbax.save(self.folder / str(step) / _ARRAYS, args=ocp.args.PyTreeSave(_nested(arrays)))
+                self._sweep()
+                self._set_aside(step)
+                attempt.mkdir(parents=True)
+            self._orbax.save(attempt / _ARRAYS, args=ocp.args.PyTreeSave(_nested(arrays)))
         except OSError as error:
             raise self._unsaved(step, error) from error
-        self._pending = step, self._thread.submit(self._finish, step, body)
+        self._pending = step, self._thread.submit(self._finish, step, attempt, body)
         if not self.asynchronous:
             self.wait()
 
@@ -119,14 +124,14 @@ class Checkpoints:
             multihost_utils.sync_global_devices(f"artifex checkpoint {step}")
         if error is not None:
             if jax.process_index() == 0:
-                _remove(self.folder / str(step))
+                self._sweep()
             raise self._unsaved(step, error) from error
         self._read(step)  # a process other than 0 learns here whether 0 succeeded
         self._last = step
 
     def steps(self) -> list[int]:
         """The complete steps, ascending: manifest valid, every file there and of the right size."""
-        return [step for step in self._folders() if self._incomplete(step) is None]
+        return [step for step in self._folders() if self._is_complete(step)]
 
     def latest(self) -> int | None:
         """The newest complete step."""
@@ -137,12 +142,10 @@ class Checkpoints:
         self.wait()
         skipped = []
         for step in reversed(self._folders()):
-            try:
-                self._verify(step)
-            except CheckpointError as error:
-                skipped.append(str(error))
-            else:
+            problem = self._damage(step)
+            if problem is None:
                 return step, skipped
+            skipped.append(f"step {step}: {problem}")
         return None, skipped
 
     def metadata(self, step: int) -> dict[str, Any]:
@@ -166,7 +169,8 @@ class Checkpoints:
             if not under or path == under or path.startswith(prefix)
         }
         _check_target(step, arrays, wanted)
-        self._verify(step, set(wanted))
+        if problem := self._damage(step, set(wanted)):
+            raise self._refusal(step, problem)
         how = {
             path: ocp.ArrayRestoreArgs(jax.Array, dtype=x.dtype, sharding=x.sharding, global_shape=x.shape)
             for path, x in wanted.items()
@@ -178,27 +182,30 @@ class Checkpoints:
         leaves = _by_path(restored)
         return jax.tree.unflatten(jax.tree.structure(target), [leaves[path] for path in wanted])
 
-    def _finish(self, step: int, body: dict[str, Any]) -> None:
+    def _finish(self, step: int, attempt: Path, body: dict[str, Any]) -> None:
         # The background thread: Orbax's own barriers have let every process finish writing when it returns.
         self._orbax.wait_until_finished()
         if jax.process_index() == 0:
-            manifest.seal(self.folder / str(step), body)
+            manifest.seal(attempt, body)
+            attempt.rename(self.folder / str(step))
+            manifest.sync(self.folder)
             newest = [known for known in self.steps() if known <= step][-self.keep :]
             for old in self._folders():
                 if old < newest[0]:
                     _remove(self.folder / str(old))
 
-    def _make_way(self, step: int) -> None:
+    def _sweep(self) -> None:
+        for leftover in self.folder.glob("*.saving-*"):
+            _LOG.info("removing %s: its save was never finished", leftover)
+            _remove(leftover)
+
+    def _set_aside(self, step: int) -> None:
         for known in self._folders():
-            folder = self.folder / str(known)
-            if not (folder / manifest.NAME).exists():
-                _LOG.warning("removing %s: its save was never finished", folder)
-                _remove(folder)
-            elif known >= step:
-                names = (folder.with_name(f"{known}.left-{n}") for n in itertools.count(1))
-                aside = next(name for name in names if not name.exists())
-                _LOG.warning("renaming %s to %s: this run goes on from before it", folder, aside.name)
-                folder.rename(aside)
+            if known >= step:
+                names = (f"{known}.left-{n}" for n in itertools.count(1))
+                aside = next(name for name in names if not (self.folder / name).exists())
+                _LOG.warning("%s: renaming step %d to %s, this run goes on from before it", self.folder, known, aside)
+                (self.folder / str(known)).rename(self.folder / aside)
 
     def _folders(self) -> list[int]:
         """Every step that has a folder, complete or not, ascending."""
@@ -214,29 +221,30 @@ class Checkpoints:
         except CheckpointError as error:
             raise self._refusal(step, str(error)) from None
 
-    def _incomplete(self, step: int) -> str | None:
+    def _is_complete(self, step: int) -> bool:
         folder = self.folder / str(step)
         try:
             files = manifest.read(folder)["files"]
+        except CheckpointError:
+            return False
+        return not any(manifest.wrong_size(folder, name, entry) for name, entry in files.items())
+
+    def _damage(self, step: int, paths: set[str] | None = None) -> str | None:
+        """Read the files of the arrays `paths` (None: all): what is first found to differ from what was saved."""
+        folder = self.folder / str(step)
+        try:
+            body = manifest.read(folder)
         except CheckpointError as error:
             return str(error)
-        problems = (manifest.wrong_size(folder, name, entry) for name, entry in files.items())
-        return next((problem for problem in problems if problem), None)
-
-    def _verify(self, step: int, paths: set[str] | None = None) -> None:
-        """Read the files of the arrays `paths` (None: all). Raises `CheckpointError` unless they are as saved."""
-        folder, body = self.folder / str(step), self._read(step)
         spared = {_array_folder(path) for path in body["arrays"] if paths is not None and path not in paths}
-        names = [name for name in body["files"] if spared.isdisjoint(name.split("/")[1:2])]
-        share = range(jax.process_index(), len(names), jax.process_count())
+        files = [(name, entry) for name, entry in body["files"].items() if spared.isdisjoint(name.split("/")[1:2])]
+        share = range(jax.process_index(), len(files), jax.process_count())
         with ThreadPoolExecutor() as pool:
-            problems = pool.map(lambda i: manifest.damage(folder, names[i], body["files"][names[i]]), share)
-            first = min((i for i, problem in zip(share, problems, strict=True) if problem), default=len(names))
-        if jax.process_count() > 1:  # all raise or none: a process that went on alone would wait for the rest for ever
+            problems = pool.map(lambda i: manifest.damage(folder, *files[i]), share)
+            first = min((i for i, problem in zip(share, problems, strict=True) if problem), default=len(files))
+        if jax.process_count() > 1:  # all refuse or none: a process that went on alone would wait for the others
             first = int(np.min(multihost_utils.process_allgather(np.int32(first))))
-        if first < len(names):
-            problem = manifest.damage(folder, names[first], body["files"][names[first]])
-            raise self._refusal(step, problem or f"{names[first]} could not be read as saved")
+        return manifest.damage(folder, *files[first]) if first < len(files) else None
 
     def _unsaved(self, step: int, error: BaseException) -> CheckpointError:
         # The first line, without the notes that TensorStore appends ("[os_error_code='28'] [source locations=...]").
@@ -342,7 +350,7 @@ def _versions() -> dict[str, str]:
 
 
 def _remove(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # the manifest first: a folder half removed is not a step
+    with contextlib.suppress(OSError):  # the manifest first: a step half removed is not complete
         (folder / manifest.NAME).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():

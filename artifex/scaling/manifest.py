@@ -43,20 +43,23 @@ def check_metadata(value: Any, where: str = "metadata") -> None:
 
 
 def seal(folder: Path, body: Mapping[str, Any]) -> None:
-    """Write `body`, with size and checksum of every file now under `folder`: all of it is there afterwards, or nothing."""
+    """Write `body`, with size and checksum of every file now under `folder`, to its manifest."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in paths
     }
     content = {"format": FORMAT, **body, "files": files}
     content["checksum"] = _checksum(content)
-    temporary = folder / f"{NAME}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
+    with (folder / NAME).open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=1, allow_nan=False)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(folder / NAME)
-    descriptor = os.open(folder, os.O_RDONLY)  # the new name itself must survive a power cut too
+    sync(folder)
+
+
+def sync(folder: Path) -> None:
+    """Let the names in `folder`, not only the contents of its files, survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from artifex.scaling.axes import Rules, check_mesh
 from artifex.scaling.mesh_utils import create_device_mesh, mesh_layout
-from artifex.scaling.sharding import combine, strategies_for
+from artifex.scaling.strategies import combine, strategies_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -18,7 +18,7 @@ from artifex.training.run_folder import RunFolder
 
 def unit_of(corpus: TextCorpus) -> tuple[str, float]:
     """The unit losses are shown in, and how many of it a nat per token is: bits per byte where bytes are known."""
-    known = corpus.bytes_per_token
+    known = corpus.bytes_per_token["validation"]
     return ("bits per byte", 1 / math.log(2) / known) if known else ("bits per token", 1 / math.log(2))
 
 

@@ -16,7 +16,7 @@ class Report:
 
     def __init__(self, start: int, steps: int, *, bar: bool):
         self.console = Console(highlight=False, soft_wrap=True)
-        self.steps, self.began, self.start = steps, time.perf_counter(), start
+        self.steps, self.began, self.start, self.printed = steps, time.perf_counter(), start, start
         self.bar = None
         if bar and self.console.is_terminal:
             self.bar = Progress(
@@ -49,7 +49,8 @@ class Report:
         """Say that `step` is done; `status` replaces what stands beside the bar."""
         if self.bar:
             self.bar.update(self.task, completed=step, **({"status": status} if status else {}))
-        elif status and (step == self.steps or step * LINES // self.steps > (step - 1) * LINES // self.steps):
+        elif status and (step == self.steps or step - self.printed >= self.steps / LINES):
+            self.printed = step
             spent = time.perf_counter() - self.began
             left = spent / max(step - self.start, 1) * (self.steps - step)
             self.line(f"step {step}/{self.steps}  {status}  ETA {left:.0f} s")

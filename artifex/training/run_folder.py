@@ -87,11 +87,13 @@ class RunFolder:
         with self.metrics.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def write_sample(self, step: int, text: str) -> Path:
+    def write_sample(self, step: int, text: str) -> None:
         """Keep a sample under the step it was made at."""
-        path = self.samples / f"step-{step:07d}.txt"
-        path.write_text(text)
-        return path
+        (self.samples / f"step-{step:07d}.txt").write_text(text)
+
+    def read_sample(self, step: int) -> str:
+        """The sample of a step."""
+        return (self.samples / f"step-{step:07d}.txt").read_text()
 
     def plot(self, unit: str, per_nat: float) -> None:
         """Draw the loss of both splits, `per_nat` units to a nat, to `loss.png`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,6 +29,11 @@ class TrainState:
     optimizer: Any  # optax state
     ema: Any  # like params, or None
     key: jax.Array  # uint32 key data; folded with the step, so it never changes
+
+    @property
+    def weights(self) -> Any:
+        """What validation, samples and exports use: the average where there is one, else the parameters."""
+        return self.params if self.ema is None else self.ema
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +79,7 @@ def blueprint(config: Config, plan: Plan, mesh: Mesh) -> Blueprint:
     placed = TrainState(
         step=whole,
         params=jax.tree.map(functools.partial(place, table=rules.params), state.params, state.params, names),
-        optimizer=optax.tree_utils.tree_map_params(
-            optimizer,
-            functools.partial(place, table=rules.optimizer),
-            state.optimizer,
-            state.params,
-            names,
-            transform_non_params=lambda leaf: whole,
-        ),
+        optimizer=_place_optimizer(state, names, functools.partial(place, table=rules.optimizer), whole),
         ema=state.ema and jax.tree.map(functools.partial(place, table=rules.optimizer), state.ema, state.params, names),
         key=whole,
     )
@@ -93,3 +92,15 @@ def _fresh(config: Config, optimizer: optax.GradientTransformation) -> TrainStat
     params = nnx.to_pure_dict(nnx.state(config.model.spec().build(nnx.Rngs(weights))))
     ema = None if config.training.ema_decay is None else jax.tree.map(jnp.copy, params)
     return TrainState(jnp.int32(0), params, optimizer.init(params), ema, jax.random.key_data(noise))
+
+
+def _place_optimizer(state: TrainState, names: Any, place: Callable, whole: NamedSharding) -> Any:
+    """A sharding for each array of the optimizer's state: a path that ends as a parameter's path belongs to it."""
+    params = {tuple(path.split("/")): (leaf, axes) for path, leaf, axes in placement.leaves_with_names(state.params, names)}
+
+    def place_leaf(path: Any, leaf: Any) -> NamedSharding:
+        keys = tuple(str(getattr(key, "key", key)) for key in path)
+        owner = next((params[keys[start:]] for start in range(len(keys)) if keys[start:] in params), None)
+        return whole if owner is None else place(leaf, *owner)
+
+    return jax.tree_util.tree_map_with_path(place_leaf, state.optimizer)

@@ -55,7 +55,7 @@ def make_step(blue: Blueprint) -> Callable[[TrainState, Batch], tuple[TrainState
             ema = jax.tree.map(lambda average, new: kept * average + (1 - kept) * new, ema, params)
         metrics = metrics | {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         return TrainState(state.step + 1, params, optimizer, ema, state.key), metrics

@@ -1,0 +1,135 @@
+"""Writes configuration.md, beside this file, from the fields of the configuration. Run it after changing one."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+from artifex import models
+from artifex.cli import Option, kind_of, options, text_of, value_of
+from artifex.config import Config, ModelConfig, sections
+
+PAGE = Path(__file__).with_name("configuration.md")
+
+INTRODUCTION = """\
+# Configuration
+
+<!-- Written by docs/_generate_config_reference.py from artifex/config.py. Change those, then run the former. -->
+
+One `Config` describes a run. It has a section for each concern, every field has a default, and the defaults
+together are the quickstart. It is given as a file, on the command line, or from Python.
+
+## Files
+
+A configuration is a `.json`, `.yaml` or `.yml` file that holds what differs from the defaults.
+
+```yaml
+description: A wider model on two groups of four devices.
+model:
+  name: minigpt-linear
+  embed_dim: 1024
+  num_heads: 16
+training:
+  batch_size: 64
+device:
+  mesh_shape: [2, 4]
+  auto_detect_mesh: false
+```
+
+`configs/` has three to start from: `quickstart.yaml` writes out every default, `linear_config.json` trains
+Aether's model on whatever devices are present, `large_model_custom_mesh.json` a wider one on a mesh of 2 by 4.
+Each says in its `description` which command starts it and what it should reach.
+
+A file is data and nothing more: no part of it is executed, and no other file is read. It has at most 65,536
+bytes of UTF-8 text and 16 levels; a key stands once. YAML is read as version 1.2 has it, so `1e-3` is a number
+and `no`, `on` and `yes` are words; tags, anchors, aliases and further documents are refused. Types are strict:
+`"3"`, `3.0` and `true` are no integers, and nan and infinities, `1e400` among them, are no numbers. An unknown
+key is refused with the nearest known one. Every fault is one line that begins with the file and the key:
+
+```text
+error: mine.yaml: optimizer.lerning_rate is unknown; did you mean learning_rate?
+```
+
+## Command line
+
+```bash
+python -m artifex.train configs/linear_config.json --training.steps 500 --device.mesh-shape 2 4 --run-dir runs/wide
+```
+
+Every field is an option `--section.field VALUE` or `--section.field=VALUE`, with hyphens or underscores, and
+wins over the file. Where a field may be `none`, `none` is how it is typed (`null` in a file). `--print-config`
+prints the whole result as YAML, `--dry-run` what it would take, `--help` every option; all answer to the same
+file and options as the run would. Whatever is wrong ends with exit code 2 and one line.
+
+## Python
+
+```python
+from artifex.config import Config, DeviceConfig
+
+config = Config.from_dict({"model": {"name": "gpt2-nano", "num_layers": 4}, "device": {"mesh_shape": [2, 4]}})
+assert config.device.mesh_shape == (2, 4)
+config.device = DeviceConfig(data=2, fsdp=-1)
+config.optimizer.learning_rate = 1e-3  # checked: -1 would raise
+config.model.embed_dim = 256  # a field of the model's family
+config.save("mine.yaml")
+assert Config.from_file("mine.yaml") == config
+```
+
+An assignment checks its section at once and changes nothing where it is refused. What concerns two sections (a
+row no longer than the model's sequence, a warm-up within the run, microbatches that divide the batch) is
+checked when a `Config` is made and when it is used, or by `config.check()`.
+"""
+
+MODEL = """\
+A model is the name of a preset and, beside it, whatever fields of its family's configuration are to differ.
+They are checked against the family: its fields, their types, and that the sizes fit together.
+`python -m artifex.train --model.name NAME --help` prints a preset's own values.
+"""
+
+
+def page() -> str:
+    """The page as Markdown."""
+    defaults = Config()
+    known = options(defaults.model.name)
+    parts = [INTRODUCTION, "## Fields", _table([option for option in known if len(option.key) == 1], defaults)]
+    for key, section in sections().items():
+        parts += [f"### {key}", (section.__doc__ or "").splitlines()[0]]
+        own = [option for option in known if option.key[0] == key and option.key[-1] in section.model_fields]
+        parts.append(_table(own, defaults))
+        if section is ModelConfig:
+            parts.append(MODEL)
+            for family in dict.fromkeys(type(spec) for spec in models.PRESETS.values()):
+                parts += _family(family)
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _family(family: type) -> list[str]:
+    names = [name for name, spec in models.PRESETS.items() if type(spec) is family]
+    fields = [option for option in options(names[0]) if option.key[0] == "model" and option.key != ("model", "name")]
+    rows = [f"| `{option.key[-1]}` | {_values(option)} | {_cell(option.help)} |" for option in fields]
+    return [
+        f"#### {family.__name__}",
+        (inspect.getdoc(family) or "").splitlines()[0],
+        f"Presets: {', '.join(f'`{name}`' for name in names)}.",
+        "\n".join(["| field | values | meaning |", "| --- | --- | --- |", *rows]),
+    ]
+
+
+def _table(fields: list[Option], defaults: Config) -> str:
+    rows = [
+        f"| `{option.key[-1]}` | {_values(option)} | `{text_of(value_of(defaults, option))}` | {_cell(option.help)} |"
+        for option in fields
+    ]
+    return "\n".join(["| field | values | default | meaning |", "| --- | --- | --- | --- |", *rows])
+
+
+def _values(option: Option) -> str:
+    return ", ".join(f"`{kind}`" for kind in kind_of(option.annotation).split("|"))
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("_", "\\_").replace("*", "\\*")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

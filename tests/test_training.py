@@ -1,0 +1,221 @@
+"""The training step: every strategy equals one device, accumulation equals the whole batch, a resumed run is bitwise the same."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from artifex.config import Config, OptimizerConfig
+from artifex.optim import make_optimizer, make_schedule, matrix_dims
+from artifex.scaling.placement import bytes_on_device
+from artifex.scaling.plan import Plan
+from artifex.training.state import blueprint
+from artifex.training.step import make_evaluate, make_step
+
+MODEL = {"name": "llama-nano", "vocab_size": 64, "embed_dim": 32, "num_layers": 2, "num_heads": 8, "head_dim": 4}
+TRAINING = {"batch_size": 8, "steps": 20, "validate_every": 0}
+
+
+def config(**sections) -> Config:
+    base = {
+        "model": MODEL | {"mlp_dim": 48, "sequence_length": 16},
+        "data": {"sequence_length": 16},
+        "training": TRAINING,
+        "optimizer": {"warmup_steps": 5, "learning_rate": 3e-3},
+    }
+    return Config.from_dict({key: base.get(key, {}) | sections.get(key, {}) for key in {**base, **sections}})
+
+
+def batch(step: int, rows: int = 8) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(step).integers(0, 64, (rows, 17), dtype=np.int32)
+    draw[:, ::2] = 7  # something to learn
+    return {"tokens": draw[:, :-1], "targets": draw[:, 1:]}
+
+
+def plan_on(devices: int, cfg: Config) -> tuple[Plan, jax.sharding.Mesh]:
+    parts = cfg.training.gradient_accumulation
+    plan = Plan.from_device(cfg.device, devices, remat=cfg.training.remat, microbatches=parts)
+    return plan, plan.make_mesh(jax.devices()[:devices])
+
+
+def run(cfg: Config, devices: int, steps: int = 20, batches=batch):
+    blue = blueprint(cfg, *plan_on(devices, cfg))
+    step, state, losses = make_step(blue), blue.init(), []
+    for index in range(steps):
+        data = batches(index)
+        state, metrics = step(state, jax.device_put(data, blue.batch_sharding(data)))
+        losses.append(metrics["loss"])
+    return blue, state, np.array(jax.device_get(losses))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return run(config(), 1)
+
+
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8},
+    "tensor": {"tensor": 8},
+    "data+fsdp": {"data": 2, "fsdp": 4},
+    "data+tensor": {"data": 4, "tensor": 2},
+    "fsdp+tensor": {"fsdp": 4, "tensor": 2},
+    "data+fsdp+tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+    "batch-model": {"mesh_shape": (2, 4)},
+}
+
+
+@pytest.mark.parametrize("device", MESHES.values(), ids=MESHES)
+def test_loss_is_equal_on_1_and_8_devices(one_device, device):
+    blue, state, losses = run(config(device=device), 8)
+    np.testing.assert_allclose(losses, one_device[2], rtol=1e-5)
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(leaf.sharding == where for leaf, where in zip(*map(jax.tree.leaves, (state, blue.shardings)), strict=True))
+
+
+def test_grouped_heads_and_tables_that_do_not_divide_train_to_the_same_loss():
+    odd = {"model": {"num_kv_heads": 2, "vocab_size": 65, "mlp_dim": 50}, "training": {"steps": 5}}
+    one = run(config(**odd), 1, steps=5)[2]
+    np.testing.assert_allclose(run(config(**odd, device={"mesh_shape": (2, 4)}), 8, steps=5)[2], one, rtol=1e-5)
+
+
+def test_fsdp_and_tensor_parallelism_divide_the_state_of_every_device(one_device):
+    whole = bytes_on_device(one_device[0].state.params)
+    for device, ways in (({"fsdp": 8}, 8), ({"fsdp": 4, "tensor": 2}, 8), ({"tensor": 8}, 8), ({"data": 8}, 1)):
+        cfg = config(device=device)
+        blue = blueprint(cfg, *plan_on(8, cfg))
+        for part in (blue.state.params, blue.state.optimizer):
+            copies = bytes_on_device(part) * ways / (whole * (1 if part is blue.state.params else 2))
+            assert copies == pytest.approx(1, abs=0.15), (device, copies)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_gradients_equal_those_of_the_whole_batch(one_device, parts):
+    cut = run(config(training={**TRAINING, "gradient_accumulation": parts}), 1)
+    np.testing.assert_allclose(cut[2], one_device[2], rtol=1e-5)
+
+
+def test_accumulation_weighs_each_part_by_its_targets():
+    def masked(step):
+        mask = np.zeros((8, 16), np.float32)
+        mask[0], mask[1:3, :4] = 1, 1  # parts with very different numbers of targets
+        return batch(step) | {"mask": mask}
+
+    whole = run(config(), 1, 3, masked)[2]
+    cut = run(config(training={**TRAINING, "gradient_accumulation": 4}), 1, 3, masked)[2]
+    np.testing.assert_allclose(cut, whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon", "sgd"])
+def test_every_optimizer_learns_and_equals_one_device(name):
+    rate = {"adamw": 3e-3, "lion": 1e-3, "adafactor": 1e-2, "muon": 3e-3, "sgd": 0.3}[name]
+    cfg = {"optimizer": {"name": name, "learning_rate": rate, "warmup_steps": 2}}
+    one, many = run(config(**cfg), 1)[2], run(config(**cfg, device={"fsdp": 4, "tensor": 2}), 8)[2]
+    assert one[-1] < 0.97 * one[0]
+    # Lion updates by a sign and Muon by an orthogonal factor: rounding of the gradient's last bits is not damped
+    np.testing.assert_allclose(many, one, rtol=1e-3 if name in ("lion", "muon") else 1e-5)
+
+
+def test_average_of_weights_follows_its_recurrence_and_dropout_follows_the_seed():
+    cfg = config(training={**TRAINING, "ema_decay": 0.9}, model={"dropout": 0.2})
+    blue = blueprint(cfg, *plan_on(1, cfg))
+    step, state = make_step(blue), blue.init()
+    average = jax.device_get(state.params)
+    for index in range(3):
+        state, _ = step(state, batch(index))
+        kept = min(0.9, (1 + index) / (10 + index))
+        average = jax.tree.map(lambda a, p, k=kept: k * a + (1 - k) * np.asarray(p), average, state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.ema, average)
+    np.testing.assert_array_equal(run(cfg, 1, 3)[2], run(cfg, 1, 3)[2])
+    other = cfg.model_copy(update={"training": cfg.training.model_copy(update={"seed": 1})})
+    assert (run(cfg, 1, 3)[2] != run(other, 1, 3)[2]).all()
+
+
+def test_bfloat16_compute_keeps_float32_state_and_a_near_loss(one_device):
+    _, state, losses = run(config(training={**TRAINING, "compute_dtype": "bfloat16"}), 1)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(losses, one_device[2], rtol=0.02)
+
+
+def test_step_traces_once_and_reuses_its_buffers():
+    cfg = config()
+    blue = blueprint(cfg, *plan_on(1, cfg))
+    step, state = make_step(blue), blue.init()
+    first = state.params["embed"]["table"]
+    for index in range(3):
+        state, _ = step(state, jax.device_put(batch(index), blue.batch_sharding(batch(index))))
+    assert step._cache_size() == 1 and first.is_deleted()
+
+
+def test_evaluation_adds_up_to_the_mean_over_targets(one_device):
+    blue, state, _ = one_device
+    evaluate = make_evaluate(blue)
+    whole = evaluate(state.params, batch(0))
+    mask = np.ones((8, 16), np.float32)
+    mask[5:] = 0
+    parts = [evaluate(state.params, batch(0) | {"mask": m}) for m in (mask, 1 - mask)]
+    np.testing.assert_allclose(sum(p[0] for p in parts), whole[0], rtol=1e-5)
+    assert sum(float(p[1]) for p in parts) == whole[1] == 128
+
+
+def test_batches_that_do_not_divide_are_refused_with_sizes_that_do():
+    cfg = config(training={**TRAINING, "batch_size": 12}, device={"data": 8})
+    with pytest.raises(ValueError, match="batch_size 12 does not divide over 8 devices .data.; 8 would, or 16"):
+        plan_on(8, cfg)[0].check_batch(12)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_schedules_warm_up_to_the_peak_and_end_at_their_fraction(schedule):
+    cfg = OptimizerConfig(schedule=schedule, learning_rate=0.5, warmup_steps=10, final_learning_rate_fraction=0.2)
+    rate = make_schedule(cfg, 110)
+    np.testing.assert_allclose([rate(0), rate(4), rate(9), rate(10)], [0.05, 0.25, 0.5, 0.5], rtol=1e-6)
+    middle = {"cosine": 0.3, "linear": 0.3, "constant": 0.5}[schedule]
+    np.testing.assert_allclose([rate(60), rate(110)], [middle, {"constant": 0.5}.get(schedule, 0.1)], rtol=1e-5)
+    assert make_schedule(OptimizerConfig(schedule=schedule, learning_rate=0.5, warmup_steps=0), 10)(0) == 0.5
+
+
+def test_weight_decay_leaves_out_biases_and_norms():
+    names = {"norm": {"scale": ("embed",)}, "up": {"kernel": ("embed", "mlp"), "bias": ("mlp",)}}
+    params = {"norm": {"scale": jnp.ones(4)}, "up": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    for name in ("adamw", "lion", "adafactor", "muon", "sgd"):
+        cfg = OptimizerConfig(name=name, warmup_steps=0, learning_rate=0.1, weight_decay=0.5, schedule="constant")
+        optimizer = make_optimizer(cfg, 10, names)
+        updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+        new = optax.apply_updates(params, updates)
+        assert (new["norm"]["scale"] == 1).all() and (new["up"]["bias"] == 1).all(), name
+        np.testing.assert_allclose(new["up"]["kernel"], 0.95, err_msg=name)
+
+
+def test_muon_takes_the_matrices_inside_the_model():
+    for names, inputs, outputs in (
+        (("layers", "embed", "heads", "head_dim"), (1,), (2, 3)),
+        (("layers", "heads", "head_dim", "embed"), (1, 2), (3,)),
+        (("embed", "mlp"), (0,), (1,)),
+    ):
+        spec = matrix_dims(names)
+        assert spec is not None and (spec.reduction_axis, spec.output_axis) == (inputs, outputs)
+    for names in (("vocab", "embed"), ("embed", "vocab"), ("layers", "embed"), ("layers", "heads", "head_dim")):
+        assert matrix_dims(names) is None
+
+
+def test_gradient_clipping_bounds_the_update_by_the_norm_of_the_whole_gradient():
+    names = {"a": {"kernel": ("embed", "mlp")}, "b": {"kernel": ("mlp", "embed")}}
+    grads = {"a": {"kernel": jnp.full((2, 2), 3.0)}, "b": {"kernel": jnp.full((2, 2), 4.0)}}  # norm 10
+    params = jax.tree.map(jnp.zeros_like, grads)
+    cfg = {"name": "sgd", "momentum": 0.0, "learning_rate": 1.0, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0}
+    for clip, factor in ((5.0, 0.5), (20.0, 1.0), (None, 1.0)):
+        optimizer = make_optimizer(OptimizerConfig(**cfg, clip_norm=clip), 10, names)
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        jax.tree.map(lambda u, g, f=factor: np.testing.assert_allclose(u, -f * g, rtol=1e-6), updates, grads)
+
+
+def test_initial_parameters_are_the_same_on_every_mesh(one_device):
+    reference = jax.device_get(one_device[0].init().params)
+    for device in itertools.islice(MESHES.values(), 5, None):
+        cfg = config(device=device)
+        state = blueprint(cfg, *plan_on(8, cfg)).init()
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), reference)
