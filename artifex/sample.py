@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from artifex.cli import user_errors
+from artifex.cli import fail, user_errors
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--top-p", type=float, default=0.95, help="keep the likeliest tokens up to this probability (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same text (default: %(default)s)")
     parser.add_argument("--step", type=int, help="checkpoint of a run to sample from (default: the newest)")
+    parser.error = fail  # one line, as everywhere
     args = parser.parse_args(argv)
     with user_errors():
         texts = sample(
