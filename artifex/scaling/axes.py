@@ -93,7 +93,8 @@ class Rule:
     strategy: str
 
     def __str__(self) -> str:
-        return f"{self.strategy}: {self.name} -> {'+'.join(self.axes)}"
+        axes = "+".join(self.axes)
+        return f"{self.name} -> {axes}" + (f" ({self.strategy})" if self.strategy != axes else "")
 
 
 def _table(entries: Mapping[str, str | Sequence[str] | None], known: Iterable[str], strategy: str) -> tuple[Rule, ...]:
@@ -204,7 +205,7 @@ def check_mesh(rules: Rules, mesh: Mesh | Mapping[str, int]) -> None:
         for axis in rule.axes:
             if axis not in sizes:
                 raise ValueError(
-                    f"rule ({rule}) names mesh axis {axis!r}, but the mesh has {tuple(sizes)}; "
+                    f"rule {rule} names mesh axis {axis!r}, but the mesh has {tuple(sizes)}; "
                     f"add the axis to the mesh or leave out the {rule.strategy} strategy"
                 )
 
@@ -225,7 +226,8 @@ def resolve(
     entries: list[tuple[str, ...]] = [()] * len(names)
     used: dict[str, Rule] = {}
     won, notes = [], []
-    too_small = {axis: size for axis, size in min_weight_size if max(shape, default=0) < size}
+    largest = max((size for size, name in zip(shape, names, strict=True) if name != "layers"), default=0)
+    too_small = {axis: size for axis, size in min_weight_size if largest < size}  # depth is not a weight's size
     for rule in table:
         if rule.name not in names:
             continue
@@ -233,7 +235,7 @@ def resolve(
         taken: list[str] = []
         for axis in rule.axes:
             if axis not in sizes:
-                raise ValueError(f"rule ({rule}) names mesh axis {axis!r}, but the mesh has {tuple(sizes)}")
+                raise ValueError(f"rule {rule} names mesh axis {axis!r}, but the mesh has {tuple(sizes)}")
             ways = math.prod(sizes[a] for a in taken) * sizes[axis]
             if sizes[axis] == 1:
                 continue

@@ -121,7 +121,7 @@ class Explanation:
                 row.path,
                 "x".join(map(str, row.shape)),
                 ", ".join(row.names),
-                "; ".join(map(str, row.resolution.won)) or "none",
+                ", ".join(map(str, row.resolution.won)) or "none",
                 _spec_text(row.resolution.spec),
                 size_text(row.bytes_per_device),
                 "; ".join(row.resolution.notes),

@@ -18,24 +18,24 @@ class DecoderConfig:
     `num_heads * head_dim` need not be `embed_dim`. Raises `ValueError` for sizes that do not fit together.
     """
 
-    vocab_size: int = 256
-    embed_dim: int = 128
-    num_layers: int = 3
-    num_heads: int = 4
-    num_kv_heads: int | None = None  # None: one for each query head; fewer is grouped-query attention
-    head_dim: int | None = None  # None: embed_dim / num_heads
-    mlp_dim: int | None = None  # None: 4 embed_dim
-    sequence_length: int = 256  # the longest sequence, prompt and continuation together
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_eps: float = 1e-5
-    positions: Literal["rope", "learned"] = "rope"
-    rope_theta: float = 10_000.0
-    rope_scaling_factor: float = 1.0  # above 1: Llama 3's scaling of low frequencies, from rope_original_length up
-    rope_original_length: int = 8_192
-    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    vocab_size: int = 256  # entries of the token table
+    embed_dim: int = 128  # width of the residual stream
+    num_layers: int = 3  # blocks
+    num_heads: int = 4  # query heads
+    num_kv_heads: int | None = None  # key and value heads; none: one for each query head, fewer are shared by groups
+    head_dim: int | None = None  # features of a head; none: embed_dim / num_heads
+    mlp_dim: int | None = None  # hidden width of a feed-forward layer; none: 4 embed_dim
+    sequence_length: int = 256  # the longest sequence in tokens, prompt and continuation together
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # before each attention and feed-forward layer, and at the end
+    norm_eps: float = 1e-5  # added to the variance, above 0
+    positions: Literal["rope", "learned"] = "rope"  # turned queries and keys, or a table added to the tokens
+    rope_theta: float = 10_000.0  # base of the rotary wavelengths, above 0
+    rope_scaling_factor: float = 1.0  # above 1: Llama 3's scaling, this much slower turns of the long wavelengths
+    rope_original_length: int = 8_192  # tokens from which a wavelength counts as long for that scaling
+    mlp: Literal["swiglu", "gelu"] = "swiglu"  # feed-forward layer: gated as in Llama, or plain as in GPT-2
     bias: bool = False  # in projections and norms, as in GPT-2
     tied_head: bool = True  # the output head is the token table
-    dropout: float = 0.0  # of embeddings and of each residual branch, while training
+    dropout: float = 0.0  # of embeddings and of each residual branch while training, from 0 to below 1
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "sequence_length", "rope_original_length"):
