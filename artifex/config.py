@@ -156,7 +156,7 @@ class OptimizerConfig(Section):
     beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment, from 0 to below 1")
     beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of the second moment, from 0 to below 1")
     eps: float = Field(default=1e-8, gt=0, description="added to the denominator, above 0")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="of 'sgd', from 0 to below 1")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of 'muon' and 'sgd', from 0 to below 1")
     clip_norm: float | None = Field(
         default=1.0, gt=0, description="largest norm of the whole gradient, above 0; none is off"
     )

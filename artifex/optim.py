@@ -43,9 +43,7 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, names: Any) -> optax.Gradie
     rate = make_schedule(cfg, steps)
     decayed = _map_names(lambda path, _: path[-1].key not in ("bias", "scale"), names)
     if cfg.name == "adamw":
-        chosen = optax.adamw(
-            rate, b1=cfg.beta1, b2=cfg.beta2, eps=cfg.eps, weight_decay=cfg.weight_decay, mask=decayed
-        )
+        chosen = optax.adamw(rate, b1=cfg.beta1, b2=cfg.beta2, eps=cfg.eps, weight_decay=cfg.weight_decay, mask=decayed)
     elif cfg.name == "lion":
         chosen = optax.lion(rate, b1=cfg.beta1, b2=cfg.beta2, weight_decay=cfg.weight_decay, mask=decayed)
     elif cfg.name == "adafactor":

@@ -5,24 +5,30 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from artifex.cli import fail, user_errors
-
-if TYPE_CHECKING:
-    from flax import nnx
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line. Exits with 2 and one line for anything the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m artifex.sample", description="Continue a prompt with a trained model.")
+    parser = argparse.ArgumentParser(
+        prog="python -m artifex.sample", description="Continue a prompt with a trained model."
+    )
     parser.add_argument("path", metavar="RUN_OR_WEIGHTS", type=Path, help="a run folder, or a folder of weights")
     parser.add_argument("--prompt", default="def ", help="text to continue (default: %(default)r)")
-    parser.add_argument("--num-tokens", type=int, help="new tokens (default: as many as the model has room for, at most 400)")
+    parser.add_argument(
+        "--num-tokens", type=int, help="new tokens (default: as many as the model has room for, at most 400)"
+    )
     parser.add_argument("--num-samples", type=int, default=1, help="continuations (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--top-k", type=int, help="keep the k likeliest tokens (default: all)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="keep the likeliest tokens up to this probability (default: %(default)s)")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=0.95,
+        help="keep the likeliest tokens up to this probability (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same text (default: %(default)s)")
     parser.add_argument("--step", type=int, help="checkpoint of a run to sample from (default: the newest)")
     parser.error = fail  # one line, as everywhere
@@ -90,7 +96,7 @@ def sample(
     return [prompt + tokenizer.decode(row) for row in jax.device_get(drawn)]
 
 
-def load(path: Path, step: int | None = None) -> nnx.Module:
+def load(path: Path, step: int | None = None) -> Any:
     """The model of a run folder (its average of weights where it keeps one) or of a folder of weights."""
     import jax
     from flax import nnx

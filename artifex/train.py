@@ -1,4 +1,4 @@
-"""`python -m artifex.train`: configuration -> plan -> mesh -> blueprint -> state -> steps -> checkpoints, samples, weights.
+"""`python -m artifex.train`: configuration -> plan -> mesh -> state -> steps -> checkpoints, samples, weights.
 
 Read it from top to bottom. What needs JAX is imported inside the functions, after the command line was read: `--help`,
 `--print-config` and configuration errors answer without it.
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(config: Config, run_dir: str | Path) -> Path:
-    """Train as `config` says into the folder `run_dir`, or go on where its newest checkpoint stands. Returns the folder.
+    """Train as `config` says into the folder `run_dir`, or go on from its newest checkpoint. Returns the folder.
 
     Raises `ValueError` for a configuration, mesh, data or folder that do not fit, before anything is compiled,
     `FloatingPointError` at the first loss or gradient that is not finite (the last good checkpoint stays), and
@@ -219,7 +219,7 @@ def place(blue: Blueprint, batch: dict[str, Any]) -> dict[str, jax.Array]:
 
 
 def make_validate(run: Run) -> Callable[[TrainState], tuple[float, int]]:
-    """`validate(state) -> (mean nats, targets)` over the same batches each time, with the average of weights if kept."""
+    """`validate(state) -> (mean nats, targets)` over the same batches each time, on `state.weights`."""
     import jax
 
     from artifex.data.batches import validation_batches
@@ -273,7 +273,9 @@ def finish(run: Run, state: TrainState, step: int, report: Report) -> None:
     report.line(f"{folder.path}: config.json metrics.jsonl loss.png samples/ checkpoints/ weights/")
     report.line(f'sample from it:  python -m artifex.sample {folder.path} --prompt "{config.training.sample_prompt}"')
     more = config.training.steps if step < config.training.steps else 2 * config.training.steps
-    report.line(f"go on with it:   python -m artifex.train {folder.config} --training.steps {more} --run-dir {folder.path}")
+    report.line(
+        f"go on with it:   python -m artifex.train {folder.config} --training.steps {more} --run-dir {folder.path}"
+    )
 
 
 def summary(run: Run) -> str:

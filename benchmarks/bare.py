@@ -10,12 +10,10 @@ Dims: B batch, T queries, S keys, D embed, N heads, H head_dim, F mlp, V vocab.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 Tree = Any
 

@@ -33,7 +33,10 @@ def test_weights_and_activations_share_no_name():
         (lambda: Rules.of({"mlp": ("x", "x")}), "names a mesh axis twice"),
         (lambda: shard(jnp.ones((2, 2)), "batch"), "2 dims but 1 logical axes"),
         (lambda: shard(jnp.ones((2, 2)), "batch", "hiden"), "did you mean 'hidden'"),
-        (lambda: check_mesh(FSDP, {"data": 2}), r"rule embed -> fsdp names mesh axis 'fsdp', but the mesh has \('data',\)"),
+        (
+            lambda: check_mesh(FSDP, {"data": 2}),
+            r"rule embed -> fsdp names mesh axis 'fsdp', but the mesh has \('data',\)",
+        ),
     ],
 )
 def test_wrong_names_are_refused_with_the_nearest(call, message):
@@ -50,7 +53,9 @@ def test_a_union_keeps_every_rule_and_batch_is_split_by_both():
 
 def test_a_name_sent_to_two_places_names_both_strategies():
     other = Rules.of({"embed": "tensor"}, strategy="mine")
-    with pytest.raises(ValueError, match=r"'embed' is sent to two places: fsdp maps it to \('fsdp',\), mine to \('tensor',\)"):
+    with pytest.raises(
+        ValueError, match=r"'embed' is sent to two places: fsdp maps it to \('fsdp',\), mine to \('tensor',\)"
+    ):
         FSDP.union(other)
 
 
@@ -87,7 +92,10 @@ def test_resolution_never_uses_a_mesh_axis_twice_and_always_divides():
     names = list(axes.WEIGHT_AXES)
     sizes = {"a": 2, "b": 3, "c": 4}
     for _ in range(500):
-        table = {str(n): tuple(rng.permutation(list(sizes))[: rng.integers(1, 4)].tolist()) for n in rng.permutation(names)[:6]}
+        table = {
+            str(n): tuple(rng.permutation(list(sizes))[: rng.integers(1, 4)].tolist())
+            for n in rng.permutation(names)[:6]
+        }
         picked = [str(n) for n in rng.choice(names, rng.integers(1, 5))]
         shape = tuple(int(s) for s in rng.integers(1, 49, len(picked)))
         spec = resolve(picked, shape, Rules.of(table).params, sizes).spec

@@ -222,7 +222,7 @@ def test_help_lists_every_option_with_its_kind_default_and_description(help_page
         "--optimizer.clip-norm FLOAT|none largest norm of the whole gradient, above 0; none is off (default: 1.0)",
         "--training.unroll INT|auto layers run per scan iteration, at least 1; 'auto' chooses by depth (default: auto)",
         "--logging.progress true|false show a progress bar (default: true)",
-        "--model.head-dim INT|none None: embed_dim / num_heads (default: 32)",
+        "--model.head-dim INT|none features of a head; none: embed_dim / num_heads (default: 32)",
         "--description TEXT what the run is for, the command that starts it and what it should reach (default: '')",
     ):
         assert line in flat
@@ -239,9 +239,14 @@ def test_help_fits_the_terminal_up_to_100_columns(help_page, monkeypatch):
 def test_help_shows_the_values_of_the_file_and_the_fields_of_the_named_model(help_page, file):
     mine = file("training: {steps: 777}\nmodel: {name: gpt2, embed_dim: 1536}\n")
     page = " ".join(help_page(mine, "--training.seed", "9", "--help").split())
-    assert "at least 1 (default: 777)" in page and "--model.embed-dim INT (default: 1536)" in page
+    assert (
+        "at least 1 (default: 777)" in page
+        and "--model.embed-dim INT width of the residual stream (default: 1536)" in page
+    )
     assert "0 to 2^32 - 1 (default: 0)" in page
-    assert "--model.num-layers INT (default: 48)" in " ".join(help_page("--model.name=gpt2-xl", "--help").split())
+    assert "--model.num-layers INT blocks (default: 48)" in " ".join(
+        help_page("--model.name=gpt2-xl", "--help").split()
+    )
 
 
 @pytest.mark.parametrize("name", [None, "quickstart.yaml", "linear_config.json", "large_model_custom_mesh.json"])

@@ -15,7 +15,15 @@ from artifex.models.stack import Execution, execution, run_stack
 from artifex.models.transformer.generate import pick
 from artifex.scaling.placement import leaves_with_names, names_of, shapes_of
 
-SMALL = {"vocab_size": 61, "embed_dim": 32, "num_layers": 2, "num_heads": 4, "mlp_dim": 48, "sequence_length": 48, "head_dim": 8}
+SMALL = {
+    "vocab_size": 61,
+    "embed_dim": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "mlp_dim": 48,
+    "sequence_length": 48,
+    "head_dim": 8,
+}
 LAYOUTS = {
     "llama": ("llama-nano", {"tied_head": False}),
     "llama-grouped": ("llama-nano", {"num_kv_heads": 2}),
@@ -47,6 +55,11 @@ def model(request):
     return models.create(name, rngs=nnx.Rngs(0), **(SMALL | overrides))
 
 
+# compiled once for each layout and shape: run op by op, a model compiles every op by itself
+forward = nnx.jit(lambda model, tokens: model(tokens))
+loss_of = nnx.jit(lambda model, batch: model.loss(batch))
+
+
 def ids(shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).integers(0, SMALL["vocab_size"], shape))
 
@@ -67,7 +80,14 @@ def test_parameter_count_is_the_published_one(preset):
 
 
 def test_listing_and_creating_answer_wrong_names_with_the_nearest():
-    assert models.list_models("*gpt*") == ["gpt2", "gpt2-large", "gpt2-medium", "gpt2-nano", "gpt2-xl", "minigpt-linear"]
+    assert models.list_models("*gpt*") == [
+        "gpt2",
+        "gpt2-large",
+        "gpt2-medium",
+        "gpt2-nano",
+        "gpt2-xl",
+        "minigpt-linear",
+    ]
     assert models.list_models("nothing*") == []
     with pytest.raises(ValueError, match="unknown model 'lama3-8b': did you mean 'llama3-8b'"):
         models.create("lama3-8b", rngs=nnx.Rngs(0))
@@ -101,38 +121,40 @@ def test_future_tokens_do_not_change_the_past(model):
     cfg, positions = model.cfg, jnp.arange(24)
     x = model.embed_tokens(ids((1, 24)), positions)
 
-    def position_10(x_BTD):
+    @jax.jit
+    @jax.grad
+    def reach_of(x_BTD):
         x_BTD, _ = run_stack(model.layers, x_BTD, cfg.num_layers, lambda block, x, _: (block(x, positions)[0], None))
-        return jnp.sum(model.read_out(x_BTD)[0, 10] * jnp.arange(cfg.vocab_size))
+        return jnp.sum(model.read_out(x_BTD)[0, 10] * jnp.arange(cfg.vocab_size, dtype=jnp.float32))
 
-    reach = np.abs(jax.grad(position_10)(x)).sum((0, 2))  # of each position's vector on the logits at position 10
+    reach = np.abs(reach_of(x)).sum((0, 2))  # of each position's vector on the logits at position 10
     assert (reach[:11] > 0).all() and (reach[11:] == 0).all()
 
 
 def test_padding_does_not_change_the_loss(model):
     tokens, targets = ids((2, 20)), ids((2, 20), seed=1)
-    plain, _ = model.loss({"tokens": tokens, "targets": targets})
+    plain, _ = loss_of(model, {"tokens": tokens, "targets": targets})
     pad = jnp.zeros((2, 9), tokens.dtype)
     padded = {"tokens": jnp.concatenate([tokens, pad], 1), "targets": jnp.concatenate([targets, pad], 1)}
     mask = jnp.concatenate([jnp.ones((2, 20)), jnp.zeros((2, 9))], 1)
-    got, metrics = model.loss(padded | {"mask": mask})
+    got, metrics = loss_of(model, padded | {"mask": mask})
     np.testing.assert_allclose(got, plain, rtol=1e-6)
     assert metrics["weight"] == 40
 
 
 def test_loss_is_the_cross_entropy_of_the_softmax(model):
     tokens, targets = ids((2, 9)), ids((2, 9), seed=1)
-    logits = np.asarray(model(tokens), np.float64)
+    logits = np.asarray(forward(model, tokens), np.float64)
     probability = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = -np.log(np.take_along_axis(probability, np.asarray(targets)[..., None], -1)).mean()
-    np.testing.assert_allclose(model.loss({"tokens": tokens, "targets": targets})[0], expected, rtol=1e-5)
+    got, _ = loss_of(model, {"tokens": tokens, "targets": targets})
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("prompt_length", [1, 7, 33])
 def test_greedy_decoding_equals_running_the_whole_prefix_each_time(model, prompt_length):
     prompt = ids((2, prompt_length))
     got = model.sample(jax.random.key(0), prompt=prompt, num_tokens=12, temperature=0)
-    forward = nnx.jit(lambda model, tokens: model(tokens))
     tokens = jnp.zeros((2, 48), prompt.dtype).at[:, :prompt_length].set(prompt)
     for at in range(prompt_length, prompt_length + 12):  # later positions are zeros: the past does not see them
         tokens = tokens.at[:, at].set(jnp.argmax(forward(model, tokens)[:, at - 1], axis=-1))
@@ -159,7 +181,9 @@ def test_top_k_and_top_p_draw_from_the_tokens_they_keep_with_their_probabilities
 
     np.testing.assert_allclose(frequencies(), [0.5, 0.2, 0.15, 0.1, 0.05], atol=0.015)
     np.testing.assert_allclose(frequencies(top_k=2), [5 / 7, 2 / 7, 0, 0, 0], atol=0.015)
-    np.testing.assert_allclose(frequencies(top_p=jnp.float32(0.71)), [0.5 / 0.85, 0.2 / 0.85, 0.15 / 0.85, 0, 0], atol=0.015)
+    np.testing.assert_allclose(
+        frequencies(top_p=jnp.float32(0.71)), [0.5 / 0.85, 0.2 / 0.85, 0.15 / 0.85, 0, 0], atol=0.015
+    )
     np.testing.assert_allclose(frequencies(top_p=jnp.float32(0.3)), [1, 0, 0, 0, 0])
     squared = np.array([0.25, 0.04, 0.0225, 0.01, 0.0025])
     np.testing.assert_allclose(frequencies(temperature=jnp.float32(0.5)), squared / squared.sum(), atol=0.015)
@@ -191,7 +215,9 @@ def test_sequences_longer_than_the_model_are_refused(model):
         model(ids((1, 49)))
 
 
-@pytest.mark.parametrize("how", [Execution("none", 1), Execution("dots", 1), Execution("full", "auto"), Execution("full", 2)])
+@pytest.mark.parametrize(
+    "how", [Execution("none", 1), Execution("dots", 1), Execution("full", "auto"), Execution("full", 2)]
+)
 def test_remat_and_unrolling_change_no_gradient(model, how):
     graphdef, params = nnx.split(model)
     batch = {"tokens": ids((2, 16)), "targets": ids((2, 16), seed=1)}
@@ -223,10 +249,9 @@ def test_a_stacked_model_compiles_to_the_same_size_at_any_depth():
 def test_bfloat16_compute_stays_near_float32(model):
     graphdef, params = nnx.split(model)
     batch = {"tokens": ids((2, 16)), "targets": ids((2, 16), seed=1)}
-    loss = lambda params: float(nnx.merge(graphdef, params).loss(batch)[0])  # noqa: E731
-    low = jax.tree.map(lambda value: value.astype(jnp.bfloat16), params)
-    assert nnx.merge(graphdef, low)(batch["tokens"]).dtype == jnp.float32
-    np.testing.assert_allclose(loss(low), loss(params), rtol=0.01)
+    low = nnx.merge(graphdef, jax.tree.map(lambda value: value.astype(jnp.bfloat16), params))
+    assert forward(low, batch["tokens"]).dtype == jnp.float32
+    np.testing.assert_allclose(loss_of(low, batch)[0], loss_of(model, batch)[0], rtol=0.01)
 
 
 def test_rotary_scores_depend_on_the_distance_alone():
@@ -244,8 +269,10 @@ def test_rotary_scores_depend_on_the_distance_alone():
 def test_dropout_changes_the_loss_only_with_a_key_and_keeps_the_mean():
     model = models.create("llama-nano", rngs=nnx.Rngs(0), **SMALL, dropout=0.5)
     batch = {"tokens": ids((2, 16)), "targets": ids((2, 16), seed=1)}
-    plain, again = (float(model.loss(batch)[0]) for _ in range(2))
-    noisy = [float(model.loss(batch, nnx.Rngs(seed))[0]) for seed in (0, 0, 1)]
+    graphdef, state = nnx.split(model)
+    drop = jax.jit(lambda state, key: nnx.merge(graphdef, state).loss(batch, nnx.Rngs(key))[0])
+    plain, again = (float(loss_of(model, batch)[0]) for _ in range(2))
+    noisy = [float(drop(state, jax.random.key(seed))) for seed in (0, 0, 1)]
     assert plain == again and noisy[0] == noisy[1] != noisy[2] and noisy[0] != plain
     x = layers.dropout(jnp.ones(100_000), 0.3, jax.random.key(0))
     np.testing.assert_allclose(x.mean(), 1, atol=0.01)

@@ -40,7 +40,8 @@ def llama_params(state: dict, kv_heads: int) -> dict:
     }
     out = stacked(state, block + "self_attn.o_proj.weight", lambda w: w.T.reshape(N, H, D))
     mlp = {
-        name: {"kernel": stacked(state, f"{block}mlp.{name}_proj.weight", np.transpose)} for name in ("gate", "up", "down")
+        name: {"kernel": stacked(state, f"{block}mlp.{name}_proj.weight", np.transpose)}
+        for name in ("gate", "up", "down")
     }
     norms = {
         name: {"scale": stacked(state, f"{block}{theirs}.weight", np.asarray)}

@@ -87,7 +87,7 @@ def test_factored_moments_keep_the_names_of_the_dims_they_kept():
 
 
 def test_a_plan_refuses_parts_that_do_not_fit():
-    with pytest.raises(ValueError, match="mesh shape .* but axis names"):
+    with pytest.raises(ValueError, match=r"mesh shape .* but axis names"):
         Plan((2, 4), ("fsdp",), Rules())
     with pytest.raises(ValueError, match="0 microbatches"):
         Plan((8,), ("fsdp",), Rules(), microbatches=0)
@@ -96,4 +96,10 @@ def test_a_plan_refuses_parts_that_do_not_fit():
 
 
 def test_sizes_read_as_a_person_would_write_them():
-    assert [placement.size_text(n) for n in (0, 384, 1536, 3 * 2**20, 5 * 2**40)] == ["0 B", "384 B", "1.5 KiB", "3 MiB", "5 TiB"]
+    assert [placement.size_text(n) for n in (0, 384, 1536, 3 * 2**20, 5 * 2**40)] == [
+        "0 B",
+        "384 B",
+        "1.5 KiB",
+        "3 MiB",
+        "5 TiB",
+    ]

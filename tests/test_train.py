@@ -120,11 +120,10 @@ def test_a_run_opens_under_another_mesh_with_every_array_bit_equal(run, source, 
 
 
 def test_a_run_goes_on_under_another_mesh_from_where_it_stood(run, source, tmp_path, capsys):
-    folder, cfg = run
+    folder, _ = run
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-r", str(folder), str(copy)], check=True)
-    longer = {"training": {"steps": 25}, "device": {"mesh_shape": (2, 4)}}
-    train.train(config(source, **{key: settings(source)[key] | longer[key] if key in settings(source) else longer[key] for key in longer}), copy)
+    train.train(config(source, training={"steps": 25}, device={"mesh_shape": (2, 4)}), copy)
     out = capsys.readouterr().out
     assert "resumed from step 20" in out and "changed since it was saved: training.steps was 20, now 25" in out
     assert json.loads((copy / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 25
@@ -172,7 +171,9 @@ def test_weights_that_do_not_fit_are_refused_by_name(run, tmp_path):
     described["model"]["mlp_dim"] = 33
     (tmp_path / "config.json").write_text(json.dumps(described))
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    with pytest.raises(ValueError, match=r"layers.mlp.down.kernel is float32\[2, 32, 16\], expected float32\[2, 33, 16\]"):
+    with pytest.raises(
+        ValueError, match=r"layers.mlp.down.kernel is float32\[2, 32, 16\], expected float32\[2, 33, 16\]"
+    ):
         weights.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(ValueError, match="no safetensors file"):
@@ -229,7 +230,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 def test_tokens_outside_the_models_vocabulary_are_refused(source, tmp_path):
     cfg = config(source, model=settings(source)["model"] | {"vocab_size": 100})
-    with pytest.raises(ValueError, match="model.vocab_size is 100, but data.tokenizer 'bytes' has 256 tokens"):
+    with pytest.raises(ValueError, match=r"model.vocab_size is 100, but data.tokenizer 'bytes' has 256 tokens"):
         train.train(cfg, tmp_path / "run")
 
 
@@ -245,7 +246,7 @@ def test_a_dry_run_counts_parameters_and_memory_and_trains_nothing(source, tmp_p
 
 
 def test_the_command_line_trains_and_a_kill_leaves_a_run_that_goes_on(source, tmp_path):
-    cfg = config(source, training=settings(source)["training"] | {"steps": 100_000, "sample_tokens": 0}, checkpoint={"every": 20})
+    cfg = config(source, training={"steps": 100_000, "sample_tokens": 0}, checkpoint={"every": 20})
     cfg.save(tmp_path / "mine.yaml")
     command = [sys.executable, "-m", "artifex.train", str(tmp_path / "mine.yaml"), "--run-dir", str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -30,7 +30,9 @@ class GenerativeModel(Protocol):
     that parts of a batch add up. `rngs` None means no dropout: validation. `sample` is a pure function of its key.
     """
 
-    def loss(self, batch: dict[str, jax.Array], rngs: nnx.Rngs | None = None) -> tuple[jax.Array, dict[str, jax.Array]]: ...
+    def loss(
+        self, batch: dict[str, jax.Array], rngs: nnx.Rngs | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]: ...
 
     def sample(self, key: jax.Array, **how: Any) -> jax.Array: ...
 

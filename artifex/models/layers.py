@@ -1,7 +1,8 @@
 """Annotated layers: linear maps, embeddings and norms whose every parameter names every dim, and rotary positions.
 
-Dims: B batch, T sequence, D embed, H head_dim. A kernel keeps the dims of what it maps between, e.g. (embed, heads, head_dim),
-so that each has its own name. Layers compute in the dtype of their parameters; norms and angles in float32.
+Dims: B batch, T queries, S keys, D embed, N query heads, K key heads, H head_dim.
+A kernel keeps the dims of what it maps between, such as (embed, heads, head_dim), so that each has its own name.
+Layers compute in the dtype of their parameters; norms and angles in float32.
 """
 
 from __future__ import annotations
@@ -61,10 +62,12 @@ def fused_linear(x: jax.Array, layers: Sequence[Linear], sizes: Sequence[int], r
     outer = () if rows is None else (rows,)
     kernels = [layer.kernel[...].reshape(x.shape[-1], *outer, n, -1) for layer, n in zip(layers, sizes, strict=True)]
     y = jnp.tensordot(x, jnp.concatenate(kernels, axis=-2), 1)
-    if layers[0].bias is None:
-        return y
-    biases = [layer.bias[...].reshape(*outer, n, -1) for layer, n in zip(layers, sizes, strict=True)]
-    return y + _lift(jnp.concatenate(biases, axis=-2), y.ndim)
+    biases = [
+        layer.bias[...].reshape(*outer, n, -1)
+        for layer, n in zip(layers, sizes, strict=True)
+        if layer.bias is not None
+    ]
+    return y + _lift(jnp.concatenate(biases, axis=-2), y.ndim) if biases else y
 
 
 class Embed(nnx.Module):
@@ -134,6 +137,22 @@ def rope(x: jax.Array, positions_T: jax.Array, frequencies: jax.Array) -> jax.Ar
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
+
+
+def attend(
+    query_BTNH: jax.Array,
+    key_BSKH: jax.Array,
+    value_BSKH: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    is_causal: bool = False,
+) -> jax.Array:
+    """softmax(Q K^T / sqrt(H)) V in float32 inside, (B, T, N, H); each of the K key heads serves N / K query heads.
+
+    `mask` (B or 1, N or 1, T, S) is true where a query sees a key.
+    """
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own attention asks for it to reach float32
+        return jax.nn.dot_product_attention(query_BTNH, key_BSKH, value_BSKH, mask=mask, is_causal=is_causal)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

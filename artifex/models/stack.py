@@ -1,4 +1,4 @@
-"""Repeated blocks: parameters stacked under a leading `layers` dim, run scanned or unrolled, with or without recomputation.
+"""Repeated blocks: stacked under a leading `layers` dim, run scanned or unrolled, with or without recomputation.
 
 The stacked tree is the same however it is run, on one device and on a thousand; how it is run is a setting of the step.
 """
@@ -37,12 +37,16 @@ class Execution:
         return min(self.unroll, num_layers)
 
 
-_EXECUTION: contextvars.ContextVar[Execution] = contextvars.ContextVar("artifex_execution", default=Execution())
+_DEFAULT = Execution()
+_EXECUTION: contextvars.ContextVar[Execution] = contextvars.ContextVar("artifex_execution", default=_DEFAULT)
 
 
 @contextlib.contextmanager
 def execution(how: Execution) -> Iterator[None]:
-    """Run stacks as `how` says. Enter it inside the function that is jitted: the cache of `jax.jit` knows no contexts."""
+    """Run stacks as `how` says.
+
+    Enter it inside the function that is jitted: the cache of `jax.jit` knows no contexts.
+    """
     token = _EXECUTION.set(how)
     try:
         yield
@@ -61,7 +65,9 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
     return build(rngs)
 
 
-def run_stack(blocks: nnx.Module, x: jax.Array, num_layers: int, apply: Callable, per_layer: Any = None) -> tuple[jax.Array, Any]:
+def run_stack(
+    blocks: nnx.Module, x: jax.Array, num_layers: int, apply: Callable, per_layer: Any = None
+) -> tuple[jax.Array, Any]:
     """x through all blocks: `x, out = apply(block, x, its slice of per_layer)` for each, and the outs stacked.
 
     `per_layer` is a tree of arrays with a leading `layers` dim (keys, caches), or None.

@@ -26,7 +26,9 @@ def save_pretrained(folder: str | Path, name: str, cfg: Any, params: Any) -> Non
     """Write `params`, the nested dicts of a model built from preset `name` with configuration `cfg`, to `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    flat = {_dotted(path): np.asarray(jax.device_get(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    flat = {
+        _dotted(path): np.asarray(jax.device_get(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
     # numpy may hand over a view with other strides; safetensors writes the buffer as it lies
     save_file({path: np.ascontiguousarray(value) for path, value in flat.items()}, folder / TENSORS)
     text = json.dumps({"model": {"name": name, **dataclasses.asdict(cfg)}}, indent=2)
@@ -47,7 +49,9 @@ def from_pretrained(folder: str | Path) -> nnx.Module:
         section = dict(json.loads((folder / CONFIG).read_text())["model"])
         cfg = models.preset(section.pop("name"), **section)
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / CONFIG} describes no model: expected {{'model': {{'name': ...}}}} ({error})") from error
+        raise ValueError(
+            f"{folder / CONFIG} describes no model: expected {{'model': {{'name': ...}}}} ({error})"
+        ) from error
     graphdef, state = nnx.split(nnx.eval_shape(lambda: cfg.build(nnx.Rngs(0))))
     abstract = nnx.to_pure_dict(state)
     try:

@@ -135,14 +135,17 @@ class Rules:
         min_weight_size: Mapping[str, int] | None = None,
         strategy: str = "rules",
     ) -> Rules:
-        """Tables from mappings name -> mesh axis, several, or None. The optimizer's table is the parameters' unless given."""
+        """Tables from mappings name -> mesh axis, several, or None; the optimizer's is the parameters' unless given."""
         of_params = _table(params or {}, WEIGHT_AXES, strategy)
         of_optimizer = of_params if optimizer is None else _table(optimizer, WEIGHT_AXES, strategy)
         of_activations = _table(activations or {}, ACTIVATION_AXES, strategy)
         return cls(of_params, of_optimizer, of_activations, tuple((min_weight_size or {}).items()))
 
     def union(self, other: Rules) -> Rules:
-        """Both rule sets together. A name sent to two places raises `ValueError` naming both strategies; `batch` is shared."""
+        """Both rule sets together; `batch` is shared.
+
+        Raises `ValueError` for a name sent to two places, naming both strategies.
+        """
         return Rules(
             _union(self.params, other.params),
             _union(self.optimizer, other.optimizer),
@@ -258,7 +261,9 @@ def resolve(
 
 
 # Activations: the step activates rules and mesh while it is traced; outside it, `shard` only checks its names.
-_ACTIVE: contextvars.ContextVar[tuple[Rules, Mesh] | None] = contextvars.ContextVar("artifex_activation_rules", default=None)
+_ACTIVE: contextvars.ContextVar[tuple[Rules, Mesh] | None] = contextvars.ContextVar(
+    "artifex_activation_rules", default=None
+)
 
 
 @contextlib.contextmanager
@@ -277,7 +282,7 @@ def activation_rules(rules: Rules, mesh: Mesh) -> Iterator[None]:
 
 
 def activation_axes(name: str, size: int) -> tuple[str, ...]:
-    """The mesh axes that the active rules split an activation dim `name` of `size` over; () outside `activation_rules`."""
+    """The mesh axes that split an activation dim `name` of `size`; () outside `activation_rules`."""
     active = _ACTIVE.get()
     if active is None:
         return ()

@@ -1,9 +1,10 @@
-"""Where everything lives: abstract tree + rules + mesh -> shardings, bytes per device, and the table `explain` prints."""
+"""Where everything lives: abstract tree + rules + mesh -> shardings, bytes per device, and the table of `explain`."""
 
 from __future__ import annotations
 
 import dataclasses
 import html
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -87,7 +88,7 @@ class Row:
     bytes_per_device: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Explanation:
     """What a strategy does to every parameter of a model. Prints as a table; renders as one in a notebook."""
 
@@ -114,7 +115,7 @@ class Explanation:
         return sum(row.total_bytes for row in self.rows if axis in _axes(row.resolution.spec))
 
     def table(self) -> list[tuple[str, ...]]:
-        """Head and rows as text."""
+        """Head and rows as text, without columns that are empty in every row."""
         head = ("parameter", "shape", "logical axes", "rule", "spec", "per device", "left whole because")
         body = [
             (
@@ -128,7 +129,8 @@ class Explanation:
             )
             for row in self.rows
         ]
-        return [head, *body]
+        used = [any(cells) for cells in zip(*body, strict=True)]
+        return [tuple(itertools.compress(row, used)) for row in (head, *body)]
 
     def totals(self) -> list[str]:
         """A line for the mesh, one for each of its axes, one for the whole."""
@@ -137,7 +139,9 @@ class Explanation:
         for axis, size in self.sizes.items():
             split = self.split_over(axis)
             share = f"{split / max(self.total_bytes, 1):.0%}"
-            lines.append(f"  {axis:<10} splits {size_text(split)} of {size_text(self.total_bytes)} ({share}) {size} ways")
+            lines.append(
+                f"  {axis:<10} splits {size_text(split)} of {size_text(self.total_bytes)} ({share}) {size} ways"
+            )
         whole = sum(1 for row in self.rows if not row.resolution.won)
         lines.append(
             f"{self.parameters:,} parameters in {len(self.rows)} tensors, {whole} of them whole on every device: "
@@ -145,13 +149,12 @@ class Explanation:
         )
         return lines
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         table = self.table()
-        used = [column for column in range(len(table[0])) if any(row[column] for row in table[1:])]
-        widths = {column: max(len(row[column]) for row in table) for column in used}
-        lines = ["  ".join(row[column].ljust(widths[column]) for column in used).rstrip() for row in table]
-        rule = "  ".join("-" * widths[column] for column in used)
-        return "\n".join([lines[0], rule, *lines[1:], "", *self.totals()])
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        head, *body = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+        rule = "  ".join("-" * width for width in widths)
+        return "\n".join([head, rule, *body, "", *self.totals()])
 
     def _repr_html_(self) -> str:
         head, *body = self.table()
@@ -186,7 +189,8 @@ def explain(model: nnx.Module | nnx.State, strategy: Any, mesh: Mesh | Mapping[s
 def bytes_on_device(tree: Tree) -> int:
     """Bytes one device holds of a tree of arrays or `jax.ShapeDtypeStruct`s with shardings."""
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
     )
 
 

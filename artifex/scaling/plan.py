@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import jax
 from jax.sharding import Mesh
 
 from artifex.scaling.axes import Rules, check_mesh
@@ -50,7 +49,7 @@ class Plan:
         remat: Literal["none", "dots", "full"] = "none",
         microbatches: int = 1,
     ) -> Plan:
-        """The plan of a `device` section on `device_count` devices. Raises `ValueError` where the mesh does not fit them."""
+        """The plan of a `device` section on so many devices. Raises `ValueError` where the mesh does not fit them."""
         shape, names = mesh_layout(device, device_count)
         rules = combine(strategies_for(names, fsdp_min_weight_size=device.fsdp_min_weight_size))
         return cls(shape, names, rules, remat, microbatches)
@@ -65,7 +64,7 @@ class Plan:
         """Devices the mesh needs."""
         return math.prod(self.mesh_shape)
 
-    def make_mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    def make_mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
         """The mesh over `devices`, or over all there are."""
         return create_device_mesh(self.mesh_shape, self.axis_names, devices=devices)
 

@@ -17,7 +17,7 @@ class Report:
     def __init__(self, start: int, steps: int, *, bar: bool):
         self.console = Console(highlight=False, soft_wrap=True)
         self.steps, self.began, self.start, self.printed = steps, time.perf_counter(), start, start
-        self.bar = None
+        self.bar, self.status = None, "compiling"
         if bar and self.console.is_terminal:
             self.bar = Progress(
                 TextColumn("training"),
@@ -30,7 +30,7 @@ class Report:
                 console=self.console,
                 expand=True,
             )
-            self.task = self.bar.add_task("training", total=steps, completed=start, status="compiling")
+            self.task = self.bar.add_task("training", total=steps, completed=start, status=self.status)
 
     def __enter__(self) -> Report:
         if self.bar:
@@ -48,7 +48,8 @@ class Report:
     def advance(self, step: int, status: str | None) -> None:
         """Say that `step` is done; `status` replaces what stands beside the bar."""
         if self.bar:
-            self.bar.update(self.task, completed=step, **({"status": status} if status else {}))
+            self.status = status or self.status
+            self.bar.update(self.task, completed=step, status=self.status)
         elif status and (step == self.steps or step - self.printed >= self.steps / LINES):
             self.printed = step
             spent = time.perf_counter() - self.began

@@ -1,4 +1,4 @@
-"""The folder of a run: resolved configuration, metrics line by line, loss curve, samples; what a resumed run may change."""
+"""The folder of a run: configuration, metrics, loss curve, samples; and what a resumed run may change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FIXED = {
 
 
 class RunFolder:
-    """`config.json`, `metrics.jsonl`, `loss.png`, `samples/`, `checkpoints/` and, at the end, `weights/` under `path`."""
+    """Everything a run writes below `path`; `weights/` and `loss.png` at its end."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -61,7 +61,8 @@ class RunFolder:
                 (broken if fixed else changes).append(f"{section}.{field} was {old}, now {new}")
         if broken:
             raise ValueError(
-                f"{self.path} holds another run: {'; '.join(broken)}; choose another --run-dir, or leave the settings as saved"
+                f"{self.path} holds another run: {'; '.join(broken)}; choose another --run-dir, or leave the settings "
+                "as saved"
             )
         return changes
 

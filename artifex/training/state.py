@@ -22,13 +22,13 @@ from artifex.scaling.plan import Plan
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """Everything a run is: what is not in here a resumed run does not need."""
+    """Everything a run is: what is not in here a resumed run does not need. Of arrays, shapes, or shardings."""
 
-    step: jax.Array  # int32, updates made
+    step: Any  # int32, updates made
     params: Any  # nested dicts, the model's canonical tree, float32
     optimizer: Any  # optax state
     ema: Any  # like params, or None
-    key: jax.Array  # uint32 key data; folded with the step, so it never changes
+    key: Any  # uint32 key data; folded with the step, so it never changes
 
     @property
     def weights(self) -> Any:
@@ -83,7 +83,9 @@ def blueprint(config: Config, plan: Plan, mesh: Mesh) -> Blueprint:
         ema=state.ema and jax.tree.map(functools.partial(place, table=rules.optimizer), state.ema, state.params, names),
         key=whole,
     )
-    state = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), state, placed)
+    state = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), state, placed
+    )
     return Blueprint(config, plan, mesh, graphdef, names, optimizer, state)
 
 
@@ -96,7 +98,9 @@ def _fresh(config: Config, optimizer: optax.GradientTransformation) -> TrainStat
 
 def _place_optimizer(state: TrainState, names: Any, place: Callable, whole: NamedSharding) -> Any:
     """A sharding for each array of the optimizer's state: a path that ends as a parameter's path belongs to it."""
-    params = {tuple(path.split("/")): (leaf, axes) for path, leaf, axes in placement.leaves_with_names(state.params, names)}
+    params = {
+        tuple(path.split("/")): (leaf, axes) for path, leaf, axes in placement.leaves_with_names(state.params, names)
+    }
 
     def place_leaf(path: Any, leaf: Any) -> NamedSharding:
         keys = tuple(str(getattr(key, "key", key)) for key in path)

@@ -35,7 +35,8 @@ class Cache(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """softmax(Q K^T / sqrt(H)) V, causal. Vaswani et al. 2017 (arXiv:1706.03762); groups: Ainslie et al. 2023 (arXiv:2305.13245)."""
+    """softmax(Q K^T / sqrt(H)) V, causal (Vaswani et al. 2017, arXiv:1706.03762), with groups of query heads on one
+    key head (Ainslie et al. 2023, arXiv:2305.13245)."""
 
     def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -58,13 +59,13 @@ class Attention(nnx.Module):
         """Attend within x, or, with a cache, from x at positions `start` on to all positions up to each of its own."""
         query_BTNH, key_BTKH, value_BTKH = self.project(x_BTD, positions_T)
         if cache is None:
-            mixed_BTNH = jax.nn.dot_product_attention(query_BTNH, key_BTKH, value_BTKH, is_causal=True)
+            mixed_BTNH = layers.attend(query_BTNH, key_BTKH, value_BTKH, is_causal=True)
         else:
             cache = cache.write(key_BTKH, value_BTKH, start)
             # a start known while tracing is the prompt's: no later position is filled yet
             seen = start + x_BTD.shape[1] if isinstance(start, int) else cache.key_BSKH.shape[1]
             mask_TS = jnp.arange(seen)[None, :] <= positions_T[:, None]
-            mixed_BTNH = jax.nn.dot_product_attention(
+            mixed_BTNH = layers.attend(
                 query_BTNH, cache.key_BSKH[:, :seen], cache.value_BSKH[:, :seen], mask=mask_TS[None, None]
             )
         return self.out(axes.shard(mixed_BTNH, "batch", "sequence", "act_heads", None)), cache

@@ -120,7 +120,12 @@ PRESETS: dict[str, DecoderConfig] = {
     "llama2-70b": _llama(8_192, 80, 64, 8, 28_672, vocab_size=32_000, sequence_length=4_096),
     # Grattafiori et al. 2024 (arXiv:2407.21783)
     "llama3.2-1b": _llama(
-        2_048, 16, 32, 8, 8_192, **(_LLAMA3 | {"tied_head": True, "rope_scaling_factor": 32.0, "sequence_length": 131_072})
+        2_048,
+        16,
+        32,
+        8,
+        8_192,
+        **(_LLAMA3 | {"tied_head": True, "rope_scaling_factor": 32.0, "sequence_length": 131_072}),
     ),
     "llama3-8b": _llama(4_096, 32, 32, 8, 14_336, **_LLAMA3),
     "llama3-70b": _llama(8_192, 80, 64, 8, 28_672, **_LLAMA3),

@@ -138,7 +138,9 @@ def _check(
         raise ValueError(f"top_p is {top_p}; expected a probability in (0, 1]")
     low, high = int(prompt.min()), int(prompt.max())
     if low < 0 or high >= model.cfg.vocab_size:
-        raise ValueError(f"prompt holds token ids {low} to {high}; the model's vocabulary is 0 to {model.cfg.vocab_size - 1}")
+        raise ValueError(
+            f"prompt holds token ids {low} to {high}; the model's vocabulary is 0 to {model.cfg.vocab_size - 1}"
+        )
     total = prompt.shape[1] + num_tokens
     if total > model.cfg.sequence_length:
         raise ValueError(

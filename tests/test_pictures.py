@@ -1,0 +1,81 @@
+"""Pictures of shardings show what JAX does: each device's filled part is the slice that it holds."""
+
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from artifex.scaling.mesh_utils import create_device_mesh
+from artifex.scaling.pictures import draw_shards
+
+SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def drawn(spec, shape, mesh, names):
+    axes = Figure().subplots()
+    draw_shards(axes, spec, shape, mesh, names)
+    return axes
+
+
+def filled(axes):
+    """Device -> (left, right, top, bottom) of its filled part in fractions of its frame, and its colour."""
+    parts = {}
+    for held, frame in zip(axes.patches[::2], axes.patches[1::2], strict=True):
+        x, y = (held.get_x() - frame.get_x()) / frame.get_width(), (held.get_y() - frame.get_y()) / frame.get_height()
+        wide, high = held.get_width() / frame.get_width(), held.get_height() / frame.get_height()
+        parts[held.get_gid()] = ((x, x + wide, y, y + high), to_hex(held.get_facecolor()))
+    return parts
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [P(), P("data"), P(None, "tensor"), P("fsdp", "tensor"), P(("data", "fsdp")), P(("tensor", "data"), "fsdp")],
+    ids=str,
+)
+@pytest.mark.parametrize("reverse", [False, True], ids=["in order", "reversed"])
+def test_each_device_is_filled_where_jax_puts_its_slice_and_copies_share_a_colour(spec, reverse):
+    mesh = create_device_mesh(tuple(SIZES.values()), tuple(SIZES))
+    if reverse:
+        mesh = Mesh(mesh.devices[::-1, ::-1, ::-1], mesh.axis_names)
+    shape = (8, 16)
+    parts = filled(drawn(spec, shape, mesh, ("embed", "mlp")))
+    colours = {}
+    for device, slices in NamedSharding(mesh, spec).devices_indices_map(shape).items():
+        (top, bottom, _), (left, right, _) = (part.indices(size) for part, size in zip(slices, shape, strict=True))
+        box, colour = parts[f"device {device.id}"]
+        assert box == pytest.approx((left / 16, right / 16, top / 8, bottom / 8))
+        assert colours.setdefault((top, left), colour) == colour
+    assert len(set(colours.values())) == len(colours)
+
+
+def test_a_mesh_may_be_sizes_alone_larger_than_this_machine():
+    parts = filled(drawn(P("fsdp", "tensor"), (1024, 4096), {"fsdp": 16, "tensor": 4}, ("embed", "mlp")))
+    assert len(parts) == 64 and len({colour for _, colour in parts.values()}) == 64
+
+
+def test_split_dims_are_drawn_before_larger_whole_ones():
+    axes = drawn(P("pipeline", None, None, "tensor"), (4, 512, 8, 64), {"pipeline": 2, "tensor": 2}, (None,) * 4)
+    assert axes.get_xlabel() == "devices: pipeline ↓, tensor →\nin each frame: dim 4 ↓, dim 64 →"
+
+
+def test_frames_of_one_mesh_never_overlap():
+    for names in (("data",), ("fsdp", "tensor"), ("data", "fsdp", "tensor"), ("pipeline", "data", "fsdp", "tensor")):
+        sizes = dict.fromkeys(names, 3)
+        frames = [patch.get_bbox() for patch in drawn(P(names[0]), (6, 9), sizes, ("embed", "mlp")).patches[1::2]]
+        assert len(frames) == 3 ** len(names)
+        assert frames[0].count_overlaps(frames) == 1  # itself
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "says"),
+    [
+        (P("data", "fsdp", "tensor"), (2, 4, 8), "3 split dims"),
+        (P(), (), "0 split dims"),
+        (P("data", "fsdp"), (4,), "2 entries"),
+        (P("model"), (4,), "'model', but the mesh has"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(spec, shape, says):
+    with pytest.raises(ValueError, match=says):
+        drawn(spec, shape, SIZES, (None,) * len(shape))
