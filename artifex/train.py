@@ -96,7 +96,7 @@ def open_run(config: Config, run_dir: str | Path) -> Run:
         tokenizer=config.data.tokenizer,
         bpe_vocab_size=config.data.bpe_vocab_size,
         validation_fraction=config.data.validation_fraction,
-        cache_dir=folder.path / "cache",
+        cache_dir=folder.cache,
     )
     check_vocabulary(config, corpus)
     # abstract model -> placement
@@ -104,8 +104,7 @@ def open_run(config: Config, run_dir: str | Path) -> Run:
     # sharded init or restore
     checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep)
     state, start, notes = begin(blue, checkpoints, corpus)
-    folder.keep_metrics_up_to(start)
-    folder.write_config(config)
+    folder.begin(config, start)
     save_tokenizer(corpus.tokenizer, folder.tokenizer)
     notes = [*(f"changed since it was saved: {change}" for change in changes), *notes]
     return Run(blue, corpus, folder, checkpoints, state, start, notes)

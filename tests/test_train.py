@@ -210,6 +210,16 @@ def test_changed_data_is_refused(run, source, tmp_path):
         train.train(cfg, folder)
 
 
+def test_a_run_that_could_not_start_leaves_its_folder_free(source, tmp_path):
+    bpe = {"data": {"tokenizer": "bpe", "bpe_vocab_size": 300}, "training": {"steps": 2}}
+    with pytest.raises(ValueError, match=r"model.vocab_size is 256, but data.tokenizer 'bpe' has 300 tokens"):
+        train.train(config(source, **bpe), tmp_path / "run")
+    train.train(config(source, **bpe, model={"vocab_size": 300}), tmp_path / "run")
+    with pytest.raises(ValueError, match="does not exist"):
+        train.train(config(str(tmp_path / "nothing")), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_folder_that_holds_something_else_is_refused(source, tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds no run"):

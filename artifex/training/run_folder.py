@@ -30,23 +30,24 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.weights = path / "weights"
         self.tokenizer = path / "tokenizer.json"
+        self.cache = path / "cache"  # what can be made again: a trained tokenizer
 
     def open(self, config: Config) -> list[str]:
-        """Make the folder, or check that the run in it is this one; returns what else differs, a line each.
+        """Check that the folder is free or holds this run; returns what else differs, a line each. Writes nothing.
 
-        Raises `ValueError` where the folder holds another run.
+        Raises `ValueError` where the folder holds another run, or something else.
         """
-        changes: list[str] = []
         if self.config.exists():
-            changes = self._compare(Config.from_file(self.config).to_dict(), config.to_dict())
-        elif self.path.exists() and any(self.path.iterdir()):
+            return self._compare(Config.from_file(self.config).to_dict(), config.to_dict())
+        if self.path.exists() and {entry.name for entry in self.path.iterdir()} - {self.cache.name}:
             raise ValueError(f"{self.path} is not empty and holds no run (no config.json); choose another --run-dir")
-        self.samples.mkdir(parents=True, exist_ok=True)
-        return changes
+        return []
 
-    def write_config(self, config: Config) -> None:
-        """The resolved configuration, so that `config.json` alone repeats the run."""
+    def begin(self, config: Config, step: int) -> None:
+        """Write the resolved configuration, which alone repeats the run, and drop the metrics after `step`."""
+        self.samples.mkdir(parents=True, exist_ok=True)
         config.save(self.config)
+        self._keep_metrics_up_to(step)
 
     def _compare(self, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         broken, changes = [], []
@@ -66,7 +67,7 @@ class RunFolder:
             )
         return changes
 
-    def keep_metrics_up_to(self, step: int) -> None:
+    def _keep_metrics_up_to(self, step: int) -> None:
         """Drop the lines a resumed run will write again, and a last line that was cut off."""
         if not self.metrics.exists():
             return
