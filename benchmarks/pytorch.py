@@ -117,6 +117,10 @@ def make_generate(model: Any, prompt: np.ndarray, new_tokens: int, dtype: str) -
     def generate() -> np.ndarray:
         with torch.inference_mode():
             mask = torch.ones_like(prompt_BP)
-            return model.generate(prompt_BP, attention_mask=mask, pad_token_id=0, **how)[:, prompt.shape[1] :].cpu().numpy()
+            return (
+                model.generate(prompt_BP, attention_mask=mask, pad_token_id=0, **how)[:, prompt.shape[1] :]
+                .cpu()
+                .numpy()
+            )
 
     return generate

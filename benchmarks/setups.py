@@ -78,9 +78,15 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     """The options of every script."""
     options = argparse.ArgumentParser(description=doc)
     size = options.add_mutually_exclusive_group()
-    size.add_argument("--small", dest="setup", action="store_const", const="small", help="a few seconds, to see that it runs")
-    size.add_argument("--quickstart", dest="setup", action="store_const", const="quickstart", help="width 128, 3 layers")
-    size.add_argument("--gpu", dest="setup", action="store_const", const="gpu", help="GPT-2 124M in bfloat16, on an accelerator")
+    size.add_argument(
+        "--small", dest="setup", action="store_const", const="small", help="a few seconds, to see that it runs"
+    )
+    size.add_argument(
+        "--quickstart", dest="setup", action="store_const", const="quickstart", help="width 128, 3 layers"
+    )
+    size.add_argument(
+        "--gpu", dest="setup", action="store_const", const="gpu", help="GPT-2 124M in bfloat16, on an accelerator"
+    )
     options.set_defaults(setup="mini")
     options.add_argument("--rounds", type=int, default=7, help="times that each variant is timed")
     options.add_argument("--batch", type=int, help="rows, instead of the setup's")
@@ -96,6 +102,8 @@ def chosen(args: argparse.Namespace) -> Setup:
     setup = dataclasses.replace(setup, **{name: value for name, value in changes.items() if value is not None})
     device = jax.devices()[0]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax"))
-    print(f"{device.platform} {device.device_kind}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}")
+    print(
+        f"{device.platform} {device.device_kind}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
+    )
     print(setup)
     return setup

@@ -281,6 +281,11 @@ def activation_rules(rules: Rules, mesh: Mesh) -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
+def active() -> bool:
+    """Whether activations are being laid out over a mesh: inside `activation_rules`, on more than one device."""
+    return _ACTIVE.get() is not None
+
+
 def activation_axes(name: str, size: int) -> tuple[str, ...]:
     """The mesh axes that split an activation dim `name` of `size`; () outside `activation_rules`."""
     active = _ACTIVE.get()

@@ -29,9 +29,8 @@ class SwiGLU(nnx.Module):
         self.down = layers.Linear((F, D), ("mlp", "embed"), bias=cfg.bias, scale=0.5 / cfg.num_layers, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        both_BT2F = layers.fused_linear(x_BTD, (self.gate, self.up), (1, 1))
-        both_BT2F = axes.shard(both_BT2F, "batch", "sequence", None, "act_mlp")
-        return self.down(jax.nn.silu(both_BT2F[:, :, 0]) * both_BT2F[:, :, 1])
+        gate_BTF, up_BTF = layers.fused(x_BTD, self.gate, self.up)
+        return self.down(axes.shard(jax.nn.silu(gate_BTF) * up_BTF, "batch", "sequence", "act_mlp"))
 
 
 class GeluMLP(nnx.Module):
