@@ -110,7 +110,7 @@ class DataConfig(Section):
 class TrainingConfig(Section):
     """How long, how much at a time, and in which precision."""
 
-    steps: Int = Field(default=2_000, ge=1, description="optimizer steps in the whole run, at least 1")
+    steps: Int = Field(default=800, ge=1, description="optimizer steps in the whole run, at least 1")
     batch_size: Int = Field(default=16, ge=1, description="rows a step, over all devices, at least 1")
     gradient_accumulation: Int = Field(default=1, ge=1, description="microbatches a step; divides batch_size")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of parameters, batches and dropout, 0 to 2^32 - 1")
@@ -128,7 +128,7 @@ class TrainingConfig(Section):
         default=None, gt=0, lt=1, description="of a running mean of the parameters, 0 to 1; none is off"
     )
     validate_every: Int = Field(
-        default=250, ge=0, description="steps from one validation to the next; 0 validates at the end alone"
+        default=200, ge=0, description="steps from one validation to the next; 0 validates at the end alone"
     )
     validation_batches: Int = Field(default=20, ge=1, description="batches of one validation, at least 1")
     sample_tokens: Int = Field(default=400, ge=0, description="tokens drawn at each checkpoint, to look at; 0 is none")
@@ -138,14 +138,14 @@ class TrainingConfig(Section):
 class OptimizerConfig(Section):
     """The update rule and its schedule."""
 
-    name: Literal["adamw", "lion", "adafactor", "muon", "sgd"] = Field(default="adamw", description="update rule")
-    learning_rate: float = Field(default=3e-3, gt=0, description="the highest of the schedule, above 0")
+    name: Literal["adamw", "lion", "adafactor", "muon", "sgd"] = Field(default="muon", description="update rule")
+    learning_rate: float = Field(default=1e-2, gt=0, description="the highest of the schedule, above 0")
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="of the learning rate, after warm-up"
+        default="linear", description="of the learning rate, after warm-up"
     )
-    warmup_steps: Int = Field(default=100, ge=0, description="steps of linear warm-up, 0 to training.steps")
+    warmup_steps: Int = Field(default=40, ge=0, description="steps of linear warm-up, 0 to training.steps")
     final_learning_rate_fraction: float = Field(
-        default=0.1,
+        default=0.0,
         ge=0,
         le=1,
         description="of learning_rate, reached at the last step of 'cosine' and 'linear', 0 to 1",
@@ -156,7 +156,7 @@ class OptimizerConfig(Section):
     beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment, from 0 to below 1")
     beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of the second moment, from 0 to below 1")
     eps: float = Field(default=1e-8, gt=0, description="added to the denominator, above 0")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="of 'muon' and 'sgd', from 0 to below 1")
+    momentum: float = Field(default=0.95, ge=0, lt=1, description="of 'muon' and 'sgd', from 0 to below 1")
     clip_norm: float | None = Field(
         default=1.0, gt=0, description="largest norm of the whole gradient, above 0; none is off"
     )
@@ -165,7 +165,7 @@ class OptimizerConfig(Section):
 class CheckpointConfig(Section):
     """When the run is saved, and how much of it is kept."""
 
-    every: Int = Field(default=500, ge=0, description="steps from one checkpoint to the next; 0 saves at the end alone")
+    every: Int = Field(default=400, ge=0, description="steps from one checkpoint to the next; 0 saves at the end alone")
     keep: Int = Field(default=3, ge=1, description="checkpoints kept, the newest, at least 1")
 
 

@@ -142,7 +142,7 @@ def begin(blue: Blueprint, checkpoints: Checkpoints, corpus: TextCorpus) -> tupl
             f"the data changed: step {step} was trained on fingerprint {saved[:12]}, {corpus.source} now has "
             f"{corpus.fingerprint[:12]}; restore the data or choose another --run-dir"
         )
-    return checkpoints.restore(step, blue.state), step, [*skipped, f"resumed from step {step} in {checkpoints.folder}"]
+    return checkpoints.restore(step, blue.state), step, [*skipped, f"resumed from step {step}"]
 
 
 def run_steps(run: Run) -> Path:
@@ -268,7 +268,8 @@ def finish(run: Run, state: TrainState, step: int, report: Report) -> None:
     folder.plot(*unit_of(run.corpus))
     save_pretrained(folder.weights, config.model.name, config.model.spec(), state.weights)
     save_tokenizer(run.corpus.tokenizer, folder.weights / folder.tokenizer.name)
-    report.line("\n" + folder.read_sample(step).rstrip() + "\n")
+    if text := folder.read_sample(step).rstrip():
+        report.line(f"\n{text}\n")
     report.line(f"{folder.path}: config.json metrics.jsonl loss.png samples/ checkpoints/ weights/")
     report.line(f'sample from it:  python -m artifex.sample {folder.path} --prompt "{config.training.sample_prompt}"')
     more = config.training.steps if step < config.training.steps else 2 * config.training.steps

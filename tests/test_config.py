@@ -187,7 +187,7 @@ def test_sections_of_one_configuration_are_not_those_of_another():
     ("values", "says"),
     [
         ({"data": {"sequence_length": 257}}, "data.sequence_length must be at most model.sequence_length 256, got 257"),
-        ({"training": {"steps": 50}}, "optimizer.warmup_steps must be at most training.steps 50, got 100"),
+        ({"training": {"steps": 30}}, "optimizer.warmup_steps must be at most training.steps 30, got 40"),
         (
             {"training": {"batch_size": 16, "gradient_accumulation": 3}},
             "training.gradient_accumulation must divide training.batch_size 16, got 3",

@@ -15,7 +15,7 @@ class Report:
     """A bar with ETA, loss, tokens/s and time spent waiting for data; `line` prints above it."""
 
     def __init__(self, start: int, steps: int, *, bar: bool):
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, force_jupyter=False)
         self.steps, self.began, self.start, self.printed = steps, time.perf_counter(), start, start
         self.bar, self.status = None, "compiling"
         if bar and self.console.is_terminal:

@@ -111,7 +111,7 @@ PRESETS: dict[str, DecoderConfig] = {
     "gpt2-medium": _gpt2(1_024, 24, 16),
     "gpt2-large": _gpt2(1_280, 36, 20),
     "gpt2-xl": _gpt2(1_600, 48, 25),
-    "gpt2-nano": _gpt2(128, 3, 4, vocab_size=256, sequence_length=256),
+    "gpt2-nano": _gpt2(128, 3, 4, vocab_size=256, sequence_length=256, head_dim=None),
     # Aether's model: a GPT whose feed-forward layers are plain linear layers as wide as the residual stream
     "minigpt-linear": _gpt2(768, 12, 12, mlp_dim=768, dropout=0.1),
     # Touvron et al. 2023 (arXiv:2307.09288)
@@ -129,6 +129,6 @@ PRESETS: dict[str, DecoderConfig] = {
     ),
     "llama3-8b": _llama(4_096, 32, 32, 8, 14_336, **_LLAMA3),
     "llama3-70b": _llama(8_192, 80, 64, 8, 28_672, **_LLAMA3),
-    "llama-nano": _llama(128, 3, 4, 4, 384, vocab_size=256, sequence_length=256, tied_head=True),
-    "llama-mini": _llama(384, 6, 6, 6, 1_024, vocab_size=256, sequence_length=256),
+    "llama-nano": _llama(128, 3, 4, 4, 384, vocab_size=256, sequence_length=256, tied_head=True, head_dim=None),
+    "llama-mini": _llama(384, 6, 6, 6, 1_024, vocab_size=256, sequence_length=256, head_dim=None),
 }
