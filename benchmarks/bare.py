@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 Tree = Any
+Turns = tuple[Any, ...]  # cosines and sines (T, H / 2) of rotary positions
 HIDDEN = -1e30  # added to the score of a key that a query must not see
 
 
@@ -29,7 +30,8 @@ def from_model(params: Tree, *, scan: bool = False, join: bool = False) -> Tree:
     `join`: kernels that read one input are stored as one, as decoding has it best.
     """
     blocks = params["layers"]
-    layers = {name: _matrix(p, 2 if name == "out" else 1) for name, p in (blocks["attention"] | blocks["mlp"]).items()}
+    linears = {**blocks["attention"], **blocks["mlp"]}
+    layers = {name: _matrix(p, 2 if name == "out" else 1) for name, p in linears.items()}
     if join:
         layers["qkv"] = _joined(*(layers.pop(name) for name in ("query", "key", "value")))
         if "gate" in layers:
@@ -69,8 +71,8 @@ def norm(x: jax.Array, p: Tree) -> jax.Array:
     return y + p["bias"] if "bias" in p else y
 
 
-def rope(x_BTNH: jax.Array, angles_TH: jax.Array) -> jax.Array:
-    cos, sin = jnp.cos(angles_TH)[:, None], jnp.sin(angles_TH)[:, None]
+def rope(x_BTNH: jax.Array, turns: Turns) -> jax.Array:
+    cos, sin = turns[0][:, None], turns[1][:, None]
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
 
@@ -94,16 +96,16 @@ def causal(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array
     return jnp.concatenate(mixed, axis=2).swapaxes(1, 2)
 
 
-def block(x_BTD: jax.Array, p: Tree, heads: int, angles_TH: jax.Array | None, mix: Callable) -> tuple[jax.Array, Any]:
-    """`mix(q, k, v)`, of (B, T, N, H) each, returns the attended values and whatever comes out of the block beside x."""
+def block(x_BTD: jax.Array, p: Tree, heads: int, turns: Turns | None, mix: Callable) -> tuple[jax.Array, Any]:
+    """`mix(q, k, v)`, of (B, T, N, H) each, returns the attended values and what else comes out of the block."""
     y = norm(x_BTD, p["norm1"])
     if "qkv" in p:
         q, k, v = jnp.split(linear(y, p["qkv"]), 3, axis=-1)
     else:
         q, k, v = linear(y, p["query"]), linear(y, p["key"]), linear(y, p["value"])
     q, k, v = (a.reshape(*a.shape[:2], heads, -1) for a in (q, k, v))
-    if angles_TH is not None:
-        q, k = rope(q, angles_TH), rope(k, angles_TH)
+    if turns is not None:
+        q, k = rope(q, turns), rope(k, turns)
     mixed_BTNH, out = mix(q, k, v)
     x_BTD = x_BTD + linear(mixed_BTNH.reshape(*x_BTD.shape[:2], -1), p["out"])
     y = norm(x_BTD, p["norm2"])
@@ -117,12 +119,13 @@ def block(x_BTD: jax.Array, p: Tree, heads: int, angles_TH: jax.Array | None, mi
     return x_BTD + linear(hidden, p["down"]), out
 
 
-def angles(params: Tree, length: int, head_dim: int) -> jax.Array | None:
+def all_turns(params: Tree, length: int, head_dim: int) -> Turns | None:
+    """Made by NumPy, they are constants of the program; XLA would compute others in each loop that reads them."""
     if "positions" in params:
         return None
-    # made by numpy: constants of the program
-    frequencies = 10_000.0 ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
-    return jnp.asarray(np.arange(length, dtype=np.float32)[:, None] * frequencies)
+    frequencies = 10_000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
+    angles = np.arange(length)[:, None] * frequencies
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 def read_out(params: Tree, x_BTD: jax.Array) -> jax.Array:
@@ -145,7 +148,7 @@ def make_loss(heads: int, head_dim: int, dtype: str = "float32", attention: str 
         x_BTD = params["embed"][tokens_BT]
         if "positions" in params:
             x_BTD = x_BTD + params["positions"][:length]
-        step = functools.partial(block, heads=heads, angles_TH=angles(params, length, head_dim), mix=mix)
+        step = functools.partial(block, heads=heads, turns=all_turns(params, length, head_dim), mix=mix)
         if isinstance(params["layers"], list):
             for layer in params["layers"]:
                 x_BTD, _ = step(x_BTD, layer)
@@ -173,16 +176,16 @@ def make_step(loss: Callable, optimizer: optax.GradientTransformation) -> Callab
 @functools.partial(jax.jit, static_argnames=("num_tokens", "heads", "head_dim"))
 def generate(params: Tree, prompt_BP: jax.Array, *, num_tokens: int, heads: int, head_dim: int) -> jax.Array:
     """The likeliest continuation (B, num_tokens): one program, a cache for each layer, one scan over tokens."""
-    batch, start = prompt_BP.shape
+    start = prompt_BP.shape[1]
     length = start + num_tokens - 1
-    all_angles = angles(params, length, head_dim)
+    turns = all_turns(params, length, head_dim)
 
     def forward(tokens_BT: jax.Array, caches: list | None, at: int | jax.Array) -> tuple[jax.Array, list]:
         count = tokens_BT.shape[1]
         x_BTD, filled = params["embed"][tokens_BT], []
         if "positions" in params:
             x_BTD = x_BTD + jax.lax.dynamic_slice_in_dim(params["positions"], at, count)
-        here = None if all_angles is None else jax.lax.dynamic_slice_in_dim(all_angles, at, count)
+        here = turns and tuple(jax.lax.dynamic_slice_in_dim(jnp.asarray(table), at, count) for table in turns)
 
         def mix(cache: tuple | None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple]:
             if cache is None:  # the prompt

@@ -17,9 +17,11 @@ from artifex.models.transformer.config import DecoderConfig
 def build(cfg: DecoderConfig, bare: Any) -> Any:
     """A Llama or a GPT-2 with the values of `bare.from_model(params, join=True)`, on the GPU where there is one."""
     torch.set_num_threads(os.cpu_count() or 1)
-    config, weights = (_gpt2 if cfg.positions == "learned" else _llama)(cfg, jax.tree.map(np.array, bare))
+    config, weights = (_gpt2 if cfg.positions == "learned" else _llama)(
+        cfg, jax.tree.map(lambda a: np.array(a, np.float32), bare)
+    )
     kind = transformers.GPT2LMHeadModel if cfg.positions == "learned" else transformers.LlamaForCausalLM
-    model = kind._from_config(config, attn_implementation="sdpa")
+    model: Any = kind._from_config(config, attn_implementation="sdpa")
     tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in weights.items()}
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)

@@ -102,8 +102,7 @@ def chosen(args: argparse.Namespace) -> Setup:
     setup = dataclasses.replace(setup, **{name: value for name, value in changes.items() if value is not None})
     device = jax.devices()[0]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax"))
-    print(
-        f"{device.platform} {device.device_kind}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
-    )
+    machine = f"{device.platform} {device.device_kind}, {os.cpu_count()} cores"
+    print(f"{machine}, Python {platform.python_version()}, {versions}")
     print(setup)
     return setup

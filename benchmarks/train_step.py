@@ -21,7 +21,7 @@ from artifex.scaling.plan import Plan
 from artifex.training.state import Blueprint, blueprint
 from artifex.training.step import make_loss, make_step
 
-ADAMW = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+ADAMW: dict[str, Any] = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 RATE = 1e-3
 
 
@@ -77,7 +77,13 @@ def batch(setup: setups.Setup) -> tuple[np.ndarray, np.ndarray]:
 
 def our_blueprint(setup: setups.Setup, unroll: int | str) -> Blueprint:
     """A run of the package on one device: constant learning rate, no clipping."""
-    optimizer = {"beta1": ADAMW["b1"], "beta2": ADAMW["b2"], "eps": ADAMW["eps"], "weight_decay": ADAMW["weight_decay"]}
+    optimizer = {
+        "name": "adamw",
+        "beta1": ADAMW["b1"],
+        "beta2": ADAMW["b2"],
+        "eps": ADAMW["eps"],
+        "weight_decay": ADAMW["weight_decay"],
+    }
     constant = {"learning_rate": RATE, "schedule": "constant", "warmup_steps": 0, "clip_norm": None}
     config = Config.from_dict(
         {

@@ -33,7 +33,7 @@ def settings(source: str, **sections) -> dict:
         "model": {"name": "llama-nano", "embed_dim": 16, "num_layers": 2, "num_heads": 4, "head_dim": 4, "mlp_dim": 32},
         "data": {"source": source, "sequence_length": 32},
         "training": {"steps": 20, "batch_size": 8, "validate_every": 10, "validation_batches": 2, "sample_tokens": 20},
-        "optimizer": {"warmup_steps": 2, "learning_rate": 1e-2},
+        "optimizer": {"name": "adamw", "warmup_steps": 2, "learning_rate": 1e-2},
         "checkpoint": {"every": 10, "keep": 2},
         "logging": {"every": 5, "progress": False},
     }

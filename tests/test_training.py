@@ -25,7 +25,7 @@ def config(**sections) -> Config:
         "model": MODEL | {"mlp_dim": 48, "sequence_length": 16},
         "data": {"sequence_length": 16},
         "training": TRAINING,
-        "optimizer": {"warmup_steps": 5, "learning_rate": 3e-3},
+        "optimizer": {"name": "adamw", "warmup_steps": 5, "learning_rate": 3e-3},
     }
     return Config.from_dict({key: base.get(key, {}) | sections.get(key, {}) for key in {**base, **sections}})
 

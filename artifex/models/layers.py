@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from artifex.scaling import axes
@@ -127,26 +128,31 @@ class LayerNorm(nnx.Module):
         return y if self.bias is None else y + _lift(self.bias[...], x.ndim)
 
 
-def rope_frequencies(head_dim: int, theta: float, factor: float = 1.0, original_length: int = 8_192) -> jax.Array:
+def rope_frequencies(head_dim: int, theta: float, factor: float = 1.0, original_length: int = 8_192) -> np.ndarray:
     """Angles per position, (H/2,): theta^(-2i/H). Su et al. 2021 (arXiv:2104.09864).
 
     With `factor` above 1, Llama 3's scaling (arXiv:2407.21783): wavelengths longer than `original_length` turn
     `factor` times slower, those shorter than a quarter of it stay, and in between the two are blended.
     """
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
     if factor == 1:
         return frequencies
     turns = original_length * frequencies / (2 * math.pi)  # full turns within the original length
-    keep = jnp.clip((turns - 1) / (4 - 1), 0, 1)
-    return frequencies * (keep + (1 - keep) / factor)
+    keep = np.clip((turns - 1) / (4 - 1), 0, 1)
+    return (frequencies * (keep + (1 - keep) / factor)).astype(np.float32)
 
 
-def rope(x: jax.Array, positions_T: jax.Array, frequencies: jax.Array) -> jax.Array:
-    """Turn the pairs (i, i + H/2) of x (B, T, ..., H) by position times frequency."""
+def rope(x: jax.Array, positions_T: jax.Array | np.ndarray, frequencies: np.ndarray) -> jax.Array:
+    """Turn the pairs (i, i + H/2) of x (B, T, ..., H) by position times frequency.
+
+    NumPy positions make sines and cosines constants of the program; of others, XLA computes them again in every loop
+    that reads them.
+    """
+    xp = np if isinstance(positions_T, np.ndarray) else jnp
     # float32: bfloat16 rounds 257 to 256, and sin(257) != sin(256)
-    angles = positions_T.astype(jnp.float32)[:, None] * frequencies[None, :]
+    angles = positions_T.astype(np.float32)[:, None] * frequencies[None, :]
     shape = (1, x.shape[1], *(1,) * (x.ndim - 3), angles.shape[-1])
-    cos, sin = jnp.cos(angles).reshape(shape), jnp.sin(angles).reshape(shape)
+    cos, sin = xp.cos(angles).reshape(shape), xp.sin(angles).reshape(shape)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)

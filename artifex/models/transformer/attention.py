@@ -91,7 +91,11 @@ class Attention(nnx.Module):
         )
 
     def __call__(
-        self, x_BTD: jax.Array, positions_T: jax.Array, cache: Cache | None = None, start: int | jax.Array = 0
+        self,
+        x_BTD: jax.Array,
+        positions_T: jax.Array | np.ndarray,
+        cache: Cache | None = None,
+        start: int | jax.Array = 0,
     ) -> tuple[jax.Array, Cache | None]:
         """Attend within x, or, with a cache, from x at positions `start` on to all positions up to each of its own."""
         query_BKGTH, key_BKTH, value_BKTH = self.project(x_BTD, positions_T)
@@ -107,7 +111,7 @@ class Attention(nnx.Module):
         mixed_BTNH = mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(*x_BTD.shape[:2], *heads)
         return self.out(axes.shard(mixed_BTNH, "batch", "sequence", "act_heads", None)), cache
 
-    def project(self, x_BTD: jax.Array, positions_T: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x_BTD: jax.Array, positions_T: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries (B, K, G, T, H), keys and values (B, K, T, H), turned by their positions if the model is rotary."""
         query_BTNH, key_BTKH, value_BTKH = layers.fused(x_BTD, self.query, self.key, self.value)
         query_BTNH = axes.shard(query_BTNH, "batch", "sequence", "act_heads", None)
@@ -118,7 +122,7 @@ class Attention(nnx.Module):
         query_BTKGH = query_BTNH.reshape(*key_BTKH.shape[:3], -1, self.cfg.per_head)
         return query_BTKGH.transpose(0, 2, 3, 1, 4), key_BTKH.swapaxes(1, 2), value_BTKH.swapaxes(1, 2)
 
-    def turn(self, x: jax.Array, positions_T: jax.Array) -> jax.Array:
+    def turn(self, x: jax.Array, positions_T: jax.Array | np.ndarray) -> jax.Array:
         """Rotary positions on (B, T, ..., H)."""
         cfg = self.cfg
         frequencies = layers.rope_frequencies(

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from artifex.models import layers
@@ -17,6 +18,8 @@ from artifex.models.transformer.attention import Attention, Cache
 from artifex.models.transformer.config import DecoderConfig
 from artifex.models.transformer.generate import generate
 from artifex.scaling import axes
+
+CONSTANT_POSITIONS = 2**15
 
 
 class SwiGLU(nnx.Module):
@@ -66,7 +69,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        positions_T: jax.Array,
+        positions_T: jax.Array | np.ndarray,
         key: jax.Array | None = None,
         cache: Cache | None = None,
         start: int | jax.Array = 0,
@@ -101,7 +104,8 @@ class Decoder(nnx.Module):
         length = tokens_BT.shape[1]
         self.check_length(length)
         key = rngs.dropout() if rngs is not None and self.cfg.dropout > 0 else None
-        positions_T = jnp.arange(length)
+        # constants of the program, as long as they are small beside it
+        positions_T = np.arange(length) if length <= CONSTANT_POSITIONS else jnp.arange(length)
         x_BTD = self.embed_tokens(tokens_BT, positions_T, key)
         keys_L = None if key is None else jax.random.split(jax.random.fold_in(key, 1), self.cfg.num_layers)
         x_BTD, _ = run_stack(
@@ -109,11 +113,13 @@ class Decoder(nnx.Module):
         )
         return self.read_out(x_BTD)
 
-    def embed_tokens(self, tokens_BT: jax.Array, positions_T: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    def embed_tokens(
+        self, tokens_BT: jax.Array, positions_T: jax.Array | np.ndarray, key: jax.Array | None = None
+    ) -> jax.Array:
         """Token and, where they are learned, position vectors: (B, T, D)."""
         x_BTD = self.embed(tokens_BT)
         if self.cfg.positions == "learned":
-            x_BTD = x_BTD + self.positions(positions_T)[None]
+            x_BTD = x_BTD + self.positions(jnp.asarray(positions_T))[None]
         return stream(layers.dropout(x_BTD, self.cfg.dropout, key))
 
     def read_out(self, x_BTD: jax.Array) -> jax.Array:
