@@ -236,8 +236,11 @@ def make_validate(run: Run) -> Callable[[TrainState], tuple[float, int]]:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        sums = [evaluate(state.weights, place(run.blue, batch)) for batch in batches]
-        nats, targets = (sum(float(pair[index]) for pair in sums) for index in (0, 1))
+        nats = targets = 0.0
+        for batch in batches:
+            # read at once: simulated devices share a pool of threads, and batches sent ahead can leave it without one
+            total, count = jax.device_get(evaluate(state.weights, place(run.blue, batch)))
+            nats, targets = nats + float(total), targets + float(count)
         return nats / targets, int(targets)
 
     return validate

@@ -246,4 +246,6 @@ def test_gradient_clipping_bounds_the_update_by_the_norm_of_the_whole_gradient()
 def test_initial_parameters_are_the_same_on_every_mesh(one_device):
     reference = jax.device_get(one_device[0].init().params)
     state = built(json.dumps(config(device=MESHES["data+fsdp+tensor"]).to_dict()), 8)[0].init()
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), reference)
+    # to the last bit on jax 0.10; newer ones round the inverse error function by the shape of a shard
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
+    jax.tree.map(close, jax.device_get(state.params), reference)
