@@ -7,9 +7,11 @@ Layers compute in the dtype of their parameters; norms and angles in float32.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,32 @@ def parameter(value: jax.Array, *names: str) -> nnx.Param:
     axes.check_names(names, value.shape, "parameter")
     # eager_sharding off: a model is built, abstractly or not, without any mesh at hand
     return nnx.Param(value, out_sharding=names, eager_sharding=False)
+
+
+class Buffer(nnx.Variable):
+    """State that no gradient reaches: a codebook that follows a running mean, a frozen weight.
+
+    A model that changes one does so in `loss` with `rngs` given; training carries the new value to the next step.
+    """
+
+
+def buffer(value: jax.Array, *names: str) -> Buffer:
+    """A `Buffer` whose metadata names each dim of `value`, as `parameter` does."""
+    axes.check_names(names, value.shape, "buffer")
+    return Buffer(value, out_sharding=names, eager_sharding=False)
+
+
+def freeze(module: nnx.Module) -> nnx.Module:
+    """Turn every parameter of `module` into a `Buffer`, in place: it is saved with the model and never trained."""
+    for path, leaf in list(nnx.iter_graph(module)):
+        if isinstance(leaf, nnx.Param):
+            owner = functools.reduce(_item, path[:-1], module)
+            frozen = Buffer(leaf.get_raw_value(), **leaf.get_metadata())
+            if isinstance(owner, nnx.Module):
+                setattr(owner, str(path[-1]), frozen)
+            else:
+                owner[path[-1]] = frozen
+    return module
 
 
 class Linear(nnx.Module):
@@ -169,6 +197,10 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
         return x
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
+
+
+def _item(node: Any, key: Any) -> Any:
+    return getattr(node, key) if isinstance(key, str) and hasattr(node, key) else node[key]
 
 
 def _lift(value: jax.Array, ndim: int) -> jax.Array:

@@ -36,6 +36,10 @@ WEIGHT_AXES: dict[str, str] = {
     "latent": "channels of an autoencoder's latent",
     "codes": "entries of a codebook",
     "classes": "entries of a class-label table",
+    "frequencies": "sinusoids that a diffusion time is turned into",
+    "condition": "the width of a conditioning vector made of time, class or text",
+    "modulation": "the shifts, scales and gates that a conditioning vector makes",
+    "context": "the width of the conditioning sequence, such as embedded text",
     "in_features": "inputs of a linear layer of the user's own",
     "out_features": "outputs of a linear layer of the user's own",
 }

@@ -131,7 +131,7 @@ class FSDPStrategy(ShardingStrategy):
 
     WEIGHTS: ClassVar[tuple[str, ...]] = (
         *("embed", "out_features", "in_features", "conv_out", "conv_in", "vocab", "mlp", "heads", "kv_heads"),
-        *("latent", "codes", "classes", "positions", "head_dim", "experts"),
+        *("latent", "codes", "classes", "positions", "head_dim", "experts", "condition", "context"),
     )
 
     def __post_init__(self) -> None:
