@@ -28,6 +28,7 @@ WEIGHT_AXES: dict[str, str] = {
     "head_dim": "the features of one head",
     "mlp": "the hidden width of a feed-forward layer",
     "experts": "the experts of a mixture",
+    "expert_mlp": "the hidden width of one expert",
     "layers": "repeated blocks, stacked",
     "positions": "entries of a learned position table",
     "conv_in": "input channels of a convolution",

@@ -130,8 +130,8 @@ class FSDPStrategy(ShardingStrategy):
     min_weight_size: int = 1024
 
     WEIGHTS: ClassVar[tuple[str, ...]] = (
-        *("embed", "out_features", "in_features", "conv_out", "conv_in", "vocab", "mlp", "heads", "kv_heads"),
-        *("latent", "codes", "classes", "positions", "head_dim", "experts", "condition", "context"),
+        *("embed", "out_features", "in_features", "conv_out", "conv_in", "vocab", "mlp", "expert_mlp", "heads"),
+        *("kv_heads", "latent", "codes", "classes", "positions", "head_dim", "experts", "condition", "context"),
     )
 
     def __post_init__(self) -> None:
@@ -180,7 +180,7 @@ class TensorParallelStrategy(ShardingStrategy):
 
     @property
     def rules(self) -> Rules:
-        weights = ("vocab", "heads", "kv_heads", "mlp", self.shard_dimension)
+        weights = ("vocab", "heads", "kv_heads", "mlp", "expert_mlp", self.shard_dimension)
         activations = ("act_heads", "act_kv_heads", "act_mlp", "act_vocab")
         return Rules.of(
             params=dict.fromkeys(weights, self.axis_name),
