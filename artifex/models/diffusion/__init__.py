@@ -1,0 +1,1 @@
+"""Diffusion: one corruption equation, any schedule, prediction, weighting, network and sampler."""

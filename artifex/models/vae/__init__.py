@@ -1,0 +1,1 @@
+"""Autoencoders: continuous, discrete, and the one of latent diffusion."""
