@@ -7,6 +7,7 @@ line. Imports no JAX.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import inspect
 import re
@@ -20,8 +21,9 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from artifex import models
-from artifex.config import Config, ModelConfig, field_types, sections
+from artifex.config import Config, sections
 from artifex.config_io import ConfigError, nearest, one_line, read_mapping, scalar
+from artifex.config_model import ModelConfig, field_types
 
 SOURCE = "command line"
 PROGRAM = "python -m artifex.train"
@@ -107,9 +109,18 @@ def options(model_name: str) -> list[Option]:
         for name, field in section.model_fields.items():
             found.append(Option((key, name), field.annotation, field.description or ""))
         if section is ModelConfig:
-            family = type(models.PRESETS[model_name])
-            comments = _comments(family)
-            found += [Option((key, name), kind, comments.get(name, "")) for name, kind in field_types(family).items()]
+            found += _fields(models.PRESETS[model_name], (key,))
+    return found
+
+
+def _fields(base: Any, key: tuple[str, ...]) -> list[Option]:
+    """The fields of a frozen configuration, and those of the configurations it holds."""
+    found, comments = [], _comments(type(base))
+    for name, kind in field_types(type(base)).items():
+        if dataclasses.is_dataclass(part := getattr(base, name)):
+            found += _fields(part, (*key, name))
+        elif kind is not Any:
+            found.append(Option((*key, name), kind, comments.get(name, "")))
     return found
 
 
@@ -152,7 +163,7 @@ def format_help(config: Config, known: list[Option]) -> str:
         lines += _entry(flag, what, width)
     section = ""
     for option in known:
-        if len(option.key) == 2 and option.key[0] != section:
+        if len(option.key) > 1 and option.key[0] != section:
             section = option.key[0]
             what = (sections()[section].__doc__ or "").splitlines()[0]
             lines += ["", *textwrap.wrap(f"{section}: {what}", width, subsequent_indent="  ")]
@@ -217,7 +228,7 @@ def _model_name(values: Mapping[str, Any], given: Mapping[str, list[str]], file:
 def _resolve(values: Mapping[str, Any], given: Mapping[str, list[str]], known: list[Option], file: str) -> Config:
     """The file's values, replaced by the given ones. An error is the file's where the file alone has it too."""
     by_flag = {option.flag: option for option in known}
-    merged = {key: dict(part) if isinstance(part, Mapping) else part for key, part in values.items()}
+    merged = copy.deepcopy(dict(values))
     for flag, words in given.items():
         if flag not in by_flag:
             near = nearest(flag.lstrip("-"), [name[2:] for name in (*by_flag, *FLAGS, "--run-dir")])
@@ -225,8 +236,10 @@ def _resolve(values: Mapping[str, Any], given: Mapping[str, list[str]], known: l
             raise ConfigError(f"{flag} is unknown; {hint}", source=SOURCE)
         option = by_flag[flag]
         *outer, name = option.key
-        target = merged.setdefault(outer[0], {}) if outer else merged
-        if isinstance(target, dict):
+        target: Any = merged
+        for part in outer:
+            target = target.setdefault(part, {}) if isinstance(target, dict) else None
+        if isinstance(target, dict):  # a section that is none is refused below
             target[name] = _value(option, words)
     try:
         return Config.from_dict(merged)

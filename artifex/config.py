@@ -9,83 +9,34 @@ The defaults are the quickstart. Importing this module imports no JAX.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from artifex import models
 from artifex.config_io import (
     ConfigError,
     ConfigTypeError,
-    did_you_mean,
     dump_yaml,
     read_mapping,
     shown,
     write_mapping,
 )
-from artifex.config_section import Section, checked
+from artifex.config_model import MAX_INT, ModelConfig
+from artifex.config_section import Section
 
-MAX_INT = 2**31 - 1  # steps, sizes and token positions are int32 on every device
 Int = Annotated[int, Field(le=MAX_INT)]
-
-
-class ModelConfig(Section):
-    """A preset by name, and values that replace fields of its family's configuration."""
-
-    model_config = ConfigDict(extra="allow")
-
-    name: str = Field(default="llama-nano", description="preset; artifex.models.list_models() names them all")
-
-    if TYPE_CHECKING:  # the overrides' names are known when `name` is
-
-        def __init__(self, /, *, name: str = ..., **overrides: Any) -> None: ...
-
-    def spec(self) -> Any:
-        """The family's frozen configuration, such as `DecoderConfig`."""
-        return models.preset(self.name, **(self.__pydantic_extra__ or {}))
-
-    def __getattr__(self, field: str) -> Any:
-        if field.startswith("_") or field in type(self).model_fields:  # pydantic asks before they exist
-            raise AttributeError(field)
-        if field not in (known := field_types(type(models.PRESETS[self.name]))):
-            raise AttributeError(f"model {self.name!r} has no field {field!r}; {did_you_mean(field, known)}")
-        return getattr(self.spec(), field)
-
-    @model_validator(mode="after")
-    def _fits_the_family(self) -> Self:
-        if self.name not in models.PRESETS:
-            raise ConfigError(f"{shown(self.name)} is unknown; {did_you_mean(self.name, models.PRESETS)}", ("name",))
-        known = field_types(type(models.PRESETS[self.name]))
-        overrides = self.__pydantic_extra__ or {}
-        for field, value in overrides.items():
-            if field not in known:
-                hint = did_you_mean(field, ["name", *known])
-                raise ConfigError(f"is not a field of {self.name!r}; {hint}", (field,))
-            # frozen configurations hold tuples where files have lists
-            value = checked(tuple(value) if isinstance(value, list) else value, known[field], (field,))
-            if isinstance(value, int) and abs(value) > MAX_INT:
-                raise ConfigError(f"must be at most {MAX_INT}, got {value}", (field,))
-            overrides[field] = value
-        try:
-            self.spec()
-        except ValueError as error:  # a family's messages begin with the field they are about
-            field, _, says = str(error).partition(" ")
-            if field not in known:
-                raise ConfigError(f"{self.name!r} cannot be built: {error}") from None
-            raise ConfigError(says, (field,)) from None
-        return self
 
 
 class DataConfig(Section):
     """What the model reads."""
 
     source: str = Field(
-        default="stdlib", min_length=1, description="'stdlib', or a text file, a folder of them or a .npy of tokens"
+        default="stdlib",
+        min_length=1,
+        description="text: 'stdlib', a file, a folder or a .npy of tokens; images: 'digits', a folder of PNG or JPEG, "
+        ".npz, .npy, IDX, CIFAR's binary files or a saved Hugging Face data set",
     )
     tokenizer: str = Field(
         default="bytes", description="'bytes', 'bpe' (trained on the training files), or a tokenizer .json file"
@@ -96,7 +47,12 @@ class DataConfig(Section):
         default=0.05,
         gt=0,
         lt=1,
-        description="part of the files never trained on, above 0 and below 1; chosen by a hash of the name",
+        description="part of the files or images never trained on, above 0 and below 1; chosen by a hash",
+    )
+    flip: bool = Field(default=False, description="images: mirror every other one, left to right")
+    crop: Int = Field(default=0, ge=0, description="images: pixels of padding that a random crop takes away again")
+    corrupt: Literal["refuse", "skip"] = Field(
+        default="refuse", description="images: what to do with files that cannot be read; skipped ones are counted"
     )
 
     @field_validator("tokenizer")
@@ -133,6 +89,15 @@ class TrainingConfig(Section):
     validation_batches: Int = Field(default=20, ge=1, description="batches of one validation, at least 1")
     sample_tokens: Int = Field(default=400, ge=0, description="tokens drawn at each checkpoint, to look at; 0 is none")
     sample_prompt: str = Field(default="def ", min_length=1, description="what the sample continues, not empty")
+    sample_images: Int = Field(
+        default=40, ge=0, description="images drawn at each checkpoint, to look at, the same draw; 0 is none"
+    )
+    score_images: Int = Field(
+        default=500,
+        ge=0,
+        description="images drawn at the end and scored by a classifier of the held-out ones, if they have labels; 0 "
+        "is none",
+    )
 
 
 class OptimizerConfig(Section):
@@ -234,6 +199,15 @@ class DeviceConfig(Section):
         return self
 
 
+ABOUT: dict[tuple[str, str], Literal["text", "images"]] = {
+    **dict.fromkeys([("data", field) for field in ("tokenizer", "bpe_vocab_size", "sequence_length")], "text"),
+    **dict.fromkeys([("training", field) for field in ("sample_tokens", "sample_prompt")], "text"),
+    **dict.fromkeys([("data", field) for field in ("flip", "crop", "corrupt")], "images"),
+    **dict.fromkeys([("training", field) for field in ("sample_images", "score_images")], "images"),
+}
+"""Fields that only a model of text or only one of images makes use of."""
+
+
 class Config(Section):
     """One run. Equal configurations, seeds and versions make equal runs."""
 
@@ -257,8 +231,16 @@ class Config(Section):
 
         Done when a `Config` is made. Not when a field is assigned, so that two can be changed one after the other.
         """
-        longest = self.model.spec().sequence_length
-        _check_most("data.sequence_length", self.data.sequence_length, "model.sequence_length", longest)
+        if (reads := self.model.reads) == "text":
+            longest = self.model.spec().sequence_length
+            _check_most("data.sequence_length", self.data.sequence_length, "model.sequence_length", longest)
+        elif self.data.source == "stdlib":
+            raise ConfigError(f"must be images for {self.model.name!r}, such as 'digits', got text", ("data", "source"))
+        for (section, field), of in ABOUT.items():
+            default = type(getattr(self, section)).model_fields[field].default
+            if of != reads and getattr(getattr(self, section), field) != default:
+                says = f"is about {of}, but {self.model.name!r} learns from {reads}; leave it at {shown(default)}"
+                raise ConfigError(says, (section, field))
         _check_most("optimizer.warmup_steps", self.optimizer.warmup_steps, "training.steps", self.training.steps)
         if self.training.batch_size % (parts := self.training.gradient_accumulation):
             says = f"must divide training.batch_size {self.training.batch_size}, got {parts}"
@@ -317,10 +299,3 @@ def _check_keys(values: Mapping[Any, Any], key: tuple[str, ...]) -> None:
 def _check_most(name: str, value: int, limit_name: str, limit: int) -> None:
     if value > limit:
         raise ConfigError(f"must be at most {limit_name} {limit}, got {value}", tuple(name.split(".")))
-
-
-@functools.cache
-def field_types(family: type) -> dict[str, Any]:
-    """Field -> annotation of a family's configuration."""
-    hints = typing.get_type_hints(family)
-    return {field.name: hints[field.name] for field in dataclasses.fields(family)}

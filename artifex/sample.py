@@ -1,58 +1,82 @@
-"""`python -m artifex.sample RUN_OR_WEIGHTS`: text from a run folder or from a folder of weights."""
+"""`python -m artifex.sample RUN_OR_WEIGHTS`: text, or a picture grid, from a run or from a folder of weights."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from artifex.cli import fail, user_errors
+
+if TYPE_CHECKING:
+    import numpy as np
+
+TEXT = ("prompt", "num_tokens", "temperature", "top_k", "top_p")
+IMAGES = ("labels", "guidance", "steps", "sampler", "out")
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line. Exits with 2 and one line for anything the user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="python -m artifex.sample", description="Continue a prompt with a trained model."
-    )
-    parser.add_argument("path", metavar="RUN_OR_WEIGHTS", type=Path, help="a run folder, or a folder of weights")
-    parser.add_argument("--prompt", default="def ", help="text to continue (default: %(default)r)")
-    parser.add_argument(
-        "--num-tokens", type=int, help="new tokens (default: as many as the model has room for, at most 400)"
-    )
-    parser.add_argument("--num-samples", type=int, default=1, help="continuations (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: %(default)s)")
-    parser.add_argument("--top-k", type=int, help="keep the k likeliest tokens (default: all)")
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=0.95,
-        help="keep the likeliest tokens up to this probability (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same text (default: %(default)s)")
-    parser.add_argument("--step", type=int, help="checkpoint of a run to sample from (default: the newest)")
-    parser.error = fail  # one line, as everywhere
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     with user_errors():
-        texts = sample(
-            args.path,
-            args.prompt,
-            num_tokens=args.num_tokens,
-            num_samples=args.num_samples,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            seed=args.seed,
-            step=args.step,
-        )
+        model = load(args.path, args.step)
+        given = {name: value for name, value in vars(args).items() if value is not None}
+        wrong = [name for name in (IMAGES if model.cfg.reads == "text" else TEXT) if name in given]
+        if wrong:
+            flag = wrong[0].replace("_", "-")
+            raise ValueError(f"--{flag} does not apply: {args.path} holds a model of {model.cfg.reads}")
+        how = {name: given[name] for name in (*TEXT, *IMAGES, "num_samples", "seed") if name in given}
+        if model.cfg.reads == "text":
+            texts = continuations(args.path, model, how.pop("prompt", "def "), **how)
+        else:
+            print(picture(model, **how))
+            return
     for index, text in enumerate(texts):
         if len(texts) > 1:
             print(f"--- sample {index + 1} of {len(texts)}")
         sys.stdout.write(text + "\n")
 
 
-def sample(
-    path: str | Path,
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m artifex.sample",
+        description="Draw from a trained model: continue a prompt, or make a picture grid, one row for each class.",
+    )
+    parser.add_argument("path", metavar="RUN_OR_WEIGHTS", type=Path, help="a run folder, or a folder of weights")
+    parser.add_argument("--num-samples", type=int, help="texts, or images (of each class) (default: 1 text, 8 images)")
+    parser.add_argument("--seed", type=int, help="the same seed draws the same (default: 0)")
+    parser.add_argument("--step", type=int, help="checkpoint of a run to sample from (default: the newest)")
+    text = parser.add_argument_group("models of text")
+    text.add_argument("--prompt", help="text to continue (default: 'def ')")
+    text.add_argument("--num-tokens", type=int, help="new tokens (default: as many as fit, at most 400)")
+    text.add_argument("--temperature", type=float, help="0 is greedy (default: 0.7)")
+    text.add_argument("--top-k", type=int, help="keep the k likeliest tokens (default: all)")
+    text.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this probability (default: 0.95)")
+    images = parser.add_argument_group("models of images")
+    images.add_argument("--labels", type=int, nargs="+", help="classes to draw, a row each (default: all)")
+    images.add_argument("--guidance", type=float, help="scale of classifier-free guidance (default: the model's)")
+    images.add_argument("--steps", type=int, help="sampling steps (default: the model's)")
+    images.add_argument("--sampler", help="ddpm, ddim, euler, heun or dpm_solver_pp_2m (default: the model's)")
+    images.add_argument("--out", type=Path, help="the .png to write (default: samples.png)")
+    parser.error = fail  # one line, as everywhere
+    return parser
+
+
+def sample(path: str | Path, prompt: str, *, step: int | None = None, **how: Any) -> list[str]:
+    """Continuations of `prompt` by the model of a run folder (its newest checkpoint, or `step`) or of weights.
+
+    `how` is that of `continuations`. Raises `ValueError` or `FileNotFoundError` for what cannot be sampled.
+    """
+    model = load(Path(path), step)
+    if model.cfg.reads != "text":
+        raise ValueError(f"{path} holds a model of {model.cfg.reads}; load it and call model.sample(key, count=...)")
+    return continuations(Path(path), model, prompt, **how)
+
+
+def continuations(
+    path: Path,
+    model: Any,
     prompt: str,
     *,
     num_tokens: int | None = None,
@@ -61,12 +85,10 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = 0.95,
     seed: int = 0,
-    step: int | None = None,
 ) -> list[str]:
     """`num_samples` continuations of `prompt`, each with the prompt before it, a pure function of `seed`.
 
-    `path` is a run folder (its newest checkpoint, or `step`) or a folder of weights. `num_tokens` None fills the
-    model's sequence length, up to 400. Raises `ValueError` or `FileNotFoundError` for what cannot be sampled.
+    `path` holds the tokenizer. `num_tokens` None fills the model's sequence length, up to 400.
     """
     import jax
     import numpy as np
@@ -75,10 +97,6 @@ def sample(
 
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; ask for at least 1")
-    path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is no folder; expected a run folder or a folder of weights")
-    model = load(path, step)
     tokenizer = load_tokenizer(path / "tokenizer.json")
     ids = np.asarray(tokenizer.encode(prompt))
     if ids.size == 0:
@@ -96,16 +114,68 @@ def sample(
     return [prompt + tokenizer.decode(row) for row in jax.device_get(drawn)]
 
 
+def picture(
+    model: Any,
+    *,
+    out: Path = Path("samples.png"),
+    labels: list[int] | None = None,
+    num_samples: int = 8,
+    seed: int = 0,
+    **how: Any,
+) -> str:
+    """Write a grid of `num_samples` images, one such row for each class of a model that has classes.
+
+    `how` goes to `model.sample`: guidance, steps, sampler. Returns a line on what was written.
+    """
+    from artifex.evaluation.grids import save_grid
+
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}; ask for at least 1")
+    if out.suffix != ".png":
+        raise ValueError(f"--out {out} is no .png file")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"the folder of --out {out} does not exist; make it first")
+    images, rows = rows_of(model, labels, num_samples, seed, **how)
+    save_grid(images, out, columns=num_samples if rows else None, row_labels=rows)
+    what = f", one row for each of {len(rows)} classes" if rows else ""
+    return f"{out}: {len(images)} images{what}"
+
+
+def rows_of(
+    model: Any, labels: list[int] | None, columns: int, seed: int, **how: Any
+) -> tuple[np.ndarray, list[str] | None]:
+    """Images (count, H, W, C), class by class where the model has classes, and the name of each row."""
+    import inspect
+
+    import jax
+    import numpy as np
+
+    known = inspect.signature(model.sample).parameters
+    for name in how:
+        if name not in known:
+            raise ValueError(f"--{name} does not apply to {type(model).__name__}; leave it out")
+    if not model.cfg.num_classes:
+        if labels is not None:
+            raise ValueError("--labels does not apply: the model has no classes; leave it out")
+        return np.asarray(model.sample(jax.random.key(seed), count=columns, **how)), None
+    chosen = list(range(model.cfg.num_classes)) if labels is None else labels
+    each = np.repeat(np.asarray(chosen, np.int32), columns)
+    images = model.sample(jax.random.key(seed), count=len(each), labels=each, **how)
+    return np.asarray(images), [str(label) for label in chosen]
+
+
 def load(path: Path, step: int | None = None) -> Any:
     """The model of a run folder (its average of weights where it keeps one) or of a folder of weights."""
     import jax
     from flax import nnx
 
     from artifex.config import Config
-    from artifex.models.weights import TENSORS, from_pretrained
+    from artifex.models.weights import from_pretrained
     from artifex.scaling.checkpoints import Checkpoints
 
-    if (path / TENSORS).exists():
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is no folder; expected a run folder or a folder of weights")
+    if not (path / "checkpoints").is_dir():
         if step is not None:
             raise ValueError(f"{path} holds weights alone, so there is no step {step}; give the run folder instead")
         return from_pretrained(path)
@@ -119,13 +189,13 @@ def load(path: Path, step: int | None = None) -> Any:
             raise FileNotFoundError(f"{path} holds no complete checkpoint yet; train it further first")
         if step not in checkpoints.steps():
             raise ValueError(f"{path} holds no checkpoint of step {step}; it has {checkpoints.steps()}")
-        graphdef, state = nnx.split(nnx.eval_shape(lambda: config.model.spec().build(nnx.Rngs(0))))
+        graphdef, *parts = nnx.split(nnx.eval_shape(lambda: config.model.spec().build(nnx.Rngs(0))), nnx.Param, ...)
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), nnx.to_pure_dict(state)
+        weights, buffers = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), [*map(nnx.to_pure_dict, parts)]
         )
-        part = "params" if config.training.ema_decay is None else "ema"
-        return nnx.merge(graphdef, checkpoints.restore(step, target, under=part))
+        weights = checkpoints.restore(step, weights, under="params" if config.training.ema_decay is None else "ema")
+        return nnx.merge(graphdef, weights, checkpoints.restore(step, buffers, under="buffers") if buffers else {})
 
 
 if __name__ == "__main__":

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
     import jax
 
-    from artifex.data.text import TextCorpus
     from artifex.scaling.checkpoints import Checkpoints
     from artifex.scaling.plan import Plan
     from artifex.training.progress import Report
     from artifex.training.run_folder import RunFolder
     from artifex.training.state import Blueprint, TrainState
+    from artifex.training.task import Task
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,7 +61,7 @@ class Run:
     """A run that was opened: everything it is made of, and where it stands."""
 
     blue: Blueprint
-    corpus: TextCorpus
+    task: Task
     folder: RunFolder
     checkpoints: Checkpoints
     state: TrainState
@@ -78,11 +78,10 @@ def open_run(config: Config, run_dir: str | Path) -> Run:
     """Everything before the first step, in the order in which mistakes are cheap."""
     import jax
 
-    from artifex.data.text import load_text
-    from artifex.data.tokenizers import save_tokenizer
     from artifex.scaling.checkpoints import Checkpoints
     from artifex.training.run_folder import RunFolder
     from artifex.training.state import blueprint
+    from artifex.training.task import open_task
 
     # configuration -> plan -> mesh: wrong sizes fail here, before data is read
     plan = plan_of(config, jax.device_count())
@@ -91,23 +90,16 @@ def open_run(config: Config, run_dir: str | Path) -> Run:
     folder = RunFolder(Path(run_dir))
     changes = folder.open(config)
     # data: read before anything is built, so that a wrong path costs nothing
-    corpus = load_text(
-        config.data.source,
-        tokenizer=config.data.tokenizer,
-        bpe_vocab_size=config.data.bpe_vocab_size,
-        validation_fraction=config.data.validation_fraction,
-        cache_dir=folder.cache,
-    )
-    check_vocabulary(config, corpus)
+    task = open_task(config, folder)
     # abstract model -> placement
     blue = blueprint(config, plan, mesh)
     # sharded init or restore
     checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep)
-    state, start, notes = begin(blue, checkpoints, corpus)
+    state, start, notes = begin(blue, checkpoints, task)
     folder.begin(config, start)
-    save_tokenizer(corpus.tokenizer, folder.tokenizer)
+    task.save_beside(folder.path)
     notes = [*(f"changed since it was saved: {change}" for change in changes), *notes]
-    return Run(blue, corpus, folder, checkpoints, state, start, notes)
+    return Run(blue, task, folder, checkpoints, state, start, notes)
 
 
 def plan_of(config: Config, device_count: int) -> Plan:
@@ -121,26 +113,18 @@ def plan_of(config: Config, device_count: int) -> Plan:
     return plan
 
 
-def check_vocabulary(config: Config, corpus: TextCorpus) -> None:
-    """Raise `ValueError` where the data has token ids that the model has no row for."""
-    rows = config.model.spec().vocab_size
-    if corpus.vocab_size > rows:
-        raise ValueError(
-            f"model.vocab_size is {rows}, but data.tokenizer {config.data.tokenizer!r} has {corpus.vocab_size} tokens; "
-            f"set model.vocab_size to at least {corpus.vocab_size}"
-        )
-
-
-def begin(blue: Blueprint, checkpoints: Checkpoints, corpus: TextCorpus) -> tuple[TrainState, int, list[str]]:
+def begin(blue: Blueprint, checkpoints: Checkpoints, task: Task) -> tuple[TrainState, int, list[str]]:
     """The state to start from, the step it stands at, and what to tell the user about it."""
+    from artifex.training.frozen import fresh_state
+
     step, skipped = checkpoints.newest_restorable()
     if step is None:
-        return blue.init(), 0, skipped
+        return fresh_state(blue), 0, skipped
     saved = checkpoints.metadata(step)["data"]["fingerprint"]
-    if saved != corpus.fingerprint:
+    if saved != task.fingerprint:
         raise ValueError(
-            f"the data changed: step {step} was trained on fingerprint {saved[:12]}, {corpus.source} now has "
-            f"{corpus.fingerprint[:12]}; restore the data or choose another --run-dir"
+            f"the data changed: step {step} was trained on fingerprint {saved[:12]}, {task.source} now has "
+            f"{task.fingerprint[:12]}; restore the data or choose another --run-dir"
         )
     return checkpoints.restore(step, blue.state), step, [*skipped, f"resumed from step {step}"]
 
@@ -163,25 +147,14 @@ def run_steps(run: Run) -> Path:
 
 def fit(run: Run, report: Report) -> tuple[TrainState, int]:
     """The (data, step) loop. Returns the last state and its step, fewer than asked where a signal stopped it."""
-    import jax
-
-    from artifex.data.batches import Batches
     from artifex.training.meter import Meter
     from artifex.training.signals import stop_signals
     from artifex.training.step import make_step
 
-    config, blue, corpus = run.config, run.blue, run.corpus
+    config, blue, task = run.config, run.blue, run.task
     cfg, every = config.training, config.checkpoint.every
-    batches = Batches(
-        corpus.train,
-        batch_size=cfg.batch_size,
-        sequence_length=config.data.sequence_length,
-        seed=cfg.seed,
-        vocab_size=corpus.vocab_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    ).stream(run.start)
-    meter, run_step, validate = Meter(config, corpus, run.folder, report), make_step(blue), make_validate(run)
+    batches = task.batches(run.start)
+    meter, run_step, validate = Meter(config, task, run.folder, report), make_step(blue), make_validate(run)
     state, step = run.state, run.start
     with stop_signals() as stop:
         while step < cfg.steps and not stop:
@@ -198,8 +171,8 @@ def fit(run: Run, report: Report) -> tuple[TrainState, int]:
                     meter.validated(step, *validate(state))
             if last or (every and step % every == 0):
                 with meter.aside():  # reads this step's metrics first: what is not finite is never saved
-                    run.checkpoints.save(step, state, {"data": {"fingerprint": corpus.fingerprint, "batches": step}})
-                    run.folder.write_sample(step, sample_text(run, state))
+                    run.checkpoints.save(step, state, {"data": {"fingerprint": task.fingerprint, "batches": step}})
+                    task.look(blue.model(state), run.folder, step)
     batches.close()
     run.checkpoints.wait()
     if stop:
@@ -217,64 +190,40 @@ def place(blue: Blueprint, batch: dict[str, Any]) -> dict[str, jax.Array]:
     return {key: jax.make_array_from_process_local_data(where[key], value) for key, value in batch.items()}
 
 
-def make_validate(run: Run) -> Callable[[TrainState], tuple[float, int]]:
-    """`validate(state) -> (mean nats, targets)` over the same batches each time, on `state.weights`."""
+def make_validate(run: Run) -> Callable[[TrainState], tuple[dict[str, float], float]]:
+    """`validate(state) -> (mean of each metric, what they are means over)` over the same batches each time."""
     import jax
 
-    from artifex.data.batches import validation_batches
     from artifex.training.step import make_evaluate
 
-    config, evaluate = run.config, make_evaluate(run.blue)
+    evaluate = make_evaluate(run.blue)
 
-    def validate(state: TrainState) -> tuple[float, int]:
-        batches = validation_batches(
-            run.corpus.validation,
-            batch_size=config.training.batch_size,
-            sequence_length=config.data.sequence_length,
-            count=config.training.validation_batches,
-            vocab_size=run.corpus.vocab_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        nats = targets = 0.0
-        for batch in batches:
+    def validate(state: TrainState) -> tuple[dict[str, float], float]:
+        totals: dict[str, float] = {}
+        for batch in run.task.validation():
             # read at once: simulated devices share a pool of threads, and batches sent ahead can leave it without one
-            total, count = jax.device_get(evaluate(state.weights, place(run.blue, batch)))
-            nats, targets = nats + float(total), targets + float(count)
-        return nats / targets, int(targets)
+            for name, value in jax.device_get(evaluate(state, place(run.blue, batch))).items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        weight = totals.pop("weight")
+        return {name: total / weight for name, total in totals.items()}, weight
 
     return validate
 
 
-def sample_text(run: Run, state: TrainState) -> str:
-    """A continuation of the configured prompt, the same draw at every step, so that progress is visible."""
-    import jax
-    from flax import nnx
-
-    cfg, tokenizer = run.config.training, run.corpus.tokenizer
-    prompt = tokenizer.encode(cfg.sample_prompt)[None]
-    room = min(cfg.sample_tokens, run.config.model.spec().sequence_length - prompt.shape[1])
-    if room < 1:
-        return ""
-    model = nnx.merge(run.blue.graphdef, state.weights)
-    drawn = model.sample(jax.random.key(cfg.seed), prompt=prompt, num_tokens=room, temperature=0.7, top_p=0.95)
-    return cfg.sample_prompt + tokenizer.decode(jax.device_get(drawn)[0])
-
-
 def finish(run: Run, state: TrainState, step: int, report: Report) -> None:
-    """Loss curve, weights alone, the last sample, and how to use what was made."""
-    from artifex.data.tokenizers import save_tokenizer
+    """Weights alone, the last samples and their score, the curve, and how to use what was made."""
     from artifex.models.weights import save_pretrained
-    from artifex.training.meter import unit_of
 
-    config, folder = run.config, run.folder
-    folder.plot(*unit_of(run.corpus))
-    save_pretrained(folder.weights, config.model.name, config.model.spec(), state.weights)
-    save_tokenizer(run.corpus.tokenizer, folder.weights / folder.tokenizer.name)
-    if text := folder.read_sample(step).rstrip():
-        report.line(f"\n{text}\n")
+    config, folder, model = run.config, run.folder, run.blue.model(state)
+    save_pretrained(folder.weights, config.model.name, config.model.spec(), run.blue.tree(state))
+    run.task.save_beside(folder.weights)
+    scores, lines = run.task.conclude(model, folder, step)
+    if scores:
+        folder.log({"step": step, "split": "samples", **scores})
+    folder.plot(run.task.score)
+    for line in lines:
+        report.line(line)
     report.line(f"{folder.path}: config.json metrics.jsonl loss.png samples/ checkpoints/ weights/")
-    report.line(f'sample from it:  python -m artifex.sample {folder.path} --prompt "{config.training.sample_prompt}"')
     more = config.training.steps if step < config.training.steps else 2 * config.training.steps
     report.line(
         f"go on with it:   python -m artifex.train {folder.config} --training.steps {more} --run-dir {folder.path}"
@@ -288,26 +237,25 @@ def summary(run: Run) -> str:
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.state.params))
     devices = jax.devices()
     kind = f"{len(devices)} {devices[0].device_kind} device{'s' if len(devices) > 1 else ''}"
-    return f"{run.config.model.name}, {count:,} parameters, on {run.corpus.describe()}; {kind}, {run.blue.plan}"
+    return f"{run.config.model.name}, {count:,} parameters, on {run.task.describe()}; {kind}, {run.blue.plan}"
 
 
 def dry_run(config: Config) -> str:
     """Parameter count, sharding table and memory per device of a run, as text; trains nothing, reads no data."""
     import jax
-    import numpy as np
     from flax import nnx
 
     from artifex.scaling.placement import bytes_on_device, explain, size_text
     from artifex.training.state import blueprint
     from artifex.training.step import make_step
+    from artifex.training.task import batch_shapes
 
     plan = plan_of(config, jax.device_count())
     blue = blueprint(config, plan, plan.make_mesh())
     abstract = nnx.eval_shape(lambda: config.model.spec().build(nnx.Rngs(0)))
-    shape = (config.training.batch_size, config.data.sequence_length)
-    batch = {key: jax.ShapeDtypeStruct(shape, np.int32) for key in ("tokens", "targets")}
+    batch = {key: jax.ShapeDtypeStruct(*kind) for key, kind in batch_shapes(config).items()}
     where = blue.batch_sharding(batch)
-    batch = {key: jax.ShapeDtypeStruct(shape, np.int32, sharding=where[key]) for key in batch}
+    batch = {key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where[key]) for key, leaf in batch.items()}
     used = make_step(blue).lower(blue.state, batch).compile().memory_analysis()
     whole = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes
     lines = [

@@ -101,7 +101,7 @@ def ours(blue: Blueprint, tokens: np.ndarray, targets: np.ndarray) -> Variant:
     rows = {"tokens": tokens, "targets": targets}
     rows = jax.device_put(rows, blue.batch_sharding(rows))
     step, state, loss = make_step(blue), blue.init(), make_loss(blue)
-    found = measured(lambda params: loss(params, rows, None)[0], state.params)
+    found = measured(lambda params: loss(params, state.buffers, rows, None)[0], state.params)
 
     def call() -> jax.Array:
         nonlocal state

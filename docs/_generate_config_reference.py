@@ -7,7 +7,8 @@ from pathlib import Path
 
 from artifex import models
 from artifex.cli import Option, kind_of, options, text_of, value_of
-from artifex.config import Config, ModelConfig, sections
+from artifex.config import Config, sections
+from artifex.config_model import ModelConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
 
@@ -94,7 +95,7 @@ def page() -> str:
     parts = [INTRODUCTION, "## Fields", _table([option for option in known if len(option.key) == 1], defaults)]
     for key, section in sections().items():
         parts += [f"### {key}", (section.__doc__ or "").splitlines()[0]]
-        own = [option for option in known if option.key[0] == key and option.key[-1] in section.model_fields]
+        own = [o for o in known if o.key[0] == key and len(o.key) == 2 and o.key[-1] in section.model_fields]
         parts.append(_table(own, defaults))
         if section is ModelConfig:
             parts.append(MODEL)
@@ -106,7 +107,7 @@ def page() -> str:
 def _family(family: type) -> list[str]:
     names = [name for name, spec in models.PRESETS.items() if type(spec) is family]
     fields = [option for option in options(names[0]) if option.key[0] == "model" and option.key != ("model", "name")]
-    rows = [f"| `{option.key[-1]}` | {_values(option)} | {_cell(option.help)} |" for option in fields]
+    rows = [f"| `{'.'.join(option.key[1:])}` | {_values(option)} | {_cell(option.help)} |" for option in fields]
     return [
         f"#### {family.__name__}",
         (inspect.getdoc(family) or "").splitlines()[0],

@@ -1,8 +1,8 @@
 """The command line: every field is an option, what is typed is what is configured, and a mistake is one line."""
 
+import dataclasses
 import subprocess
 import sys
-import typing
 from pathlib import Path
 
 import pytest
@@ -214,7 +214,7 @@ def test_help_lists_every_option_with_its_kind_default_and_description(help_page
         for name, field in section.model_fields.items():
             assert f"  --{key}.{name} ".replace("_", "-") in page
             assert field.description is not None and field.description in flat
-    for name in typing.get_type_hints(DecoderConfig):
+    for name in (field.name for field in dataclasses.fields(DecoderConfig)):
         assert f"  --model.{name} ".replace("_", "-") in page
     for line in (
         "--training.steps INT optimizer steps in the whole run, at least 1 (default: 800)",

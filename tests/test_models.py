@@ -11,7 +11,7 @@ from flax import nnx
 
 from artifex import models
 from artifex.models import layers
-from artifex.models.stack import Execution, execution, run_stack
+from artifex.models.stack import Execution, execution
 from artifex.models.transformer.generate import pick
 from artifex.scaling.placement import leaves_with_names, names_of, shapes_of
 
@@ -28,6 +28,10 @@ LAYOUTS = {
     "llama": ("llama-nano", {"tied_head": False}),
     "llama-grouped": ("llama-nano", {"num_kv_heads": 2}),
     "gpt2": ("gpt2-nano", {}),
+    "qwen3": ("qwen3-nano", {}),
+    "gemma2": ("gemma2-nano", {"num_layers": 4, "window": 6}),
+    "mixtral": ("mixtral-8x7b", {"num_kv_heads": 2, "num_experts": 4, "num_shared_experts": 1, "expert_mlp_dim": 24}),
+    "linear": ("linear-nano", {"num_kv_heads": 2}),
 }
 
 # Published sizes: model cards of the checkpoints, counted with tied heads once.
@@ -42,6 +46,15 @@ PUBLISHED = {
     "llama3.2-1b": 1_235_814_400,
     "llama3-8b": 8_030_261_248,
     "llama3-70b": 70_553_706_496,
+    "mistral-7b": 7_241_732_096,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "gemma2-2b": 2_614_341_888,
+    "gemma2-9b": 9_241_705_984,
+    "gemma2-27b": 27_227_128_320,
 }
 
 
@@ -58,6 +71,12 @@ def model(request):
 # compiled once for each layout and shape: run op by op, a model compiles every op by itself
 forward = nnx.jit(lambda model, tokens: model(tokens))
 loss_of = nnx.jit(lambda model, batch: model.loss(batch))
+
+
+def nats_of(model, batch):
+    """The cross entropy, without what a model with experts adds to its loss, and the metrics."""
+    loss, metrics = loss_of(model, batch)
+    return metrics.get("nats", loss), metrics
 
 
 def ids(shape, seed=0):
@@ -105,6 +124,19 @@ def test_listing_and_creating_answer_wrong_names_with_the_nearest():
         ({"head_dim": 7}, "head_dim 7 is odd"),
         ({"dropout": 1.0}, "dropout 1.0"),
         ({"rope_scaling_factor": 0.5}, "rope_scaling_factor 0.5"),
+        ({"logit_softcap": 0.0}, "logit_softcap 0.0 is not a positive number"),
+        ({"attention_pattern": ("local", "global"), "window": 8}, "num_layers 3 does not divide by the 2 layers"),
+        ({"attention_pattern": ("near",)}, "attention_pattern .* no sequence of 'global' and 'local'"),
+        ({"attention_pattern": ("local",)}, "window None with attention_pattern"),
+        ({"window": 8}, "window 8 with attention_pattern"),
+        ({"window": 8, "attention_pattern": ("local",), "causal": False}, "window 8 with causal=False"),
+        ({"norm": "layernorm", "norm_offset": 1.0}, "norm_offset 1.0 is for norm 'rmsnorm'"),
+        ({"attention": "linear", "qk_norm": True}, "qk_norm True is for attention 'softmax'"),
+        ({"attention": "linear", "causal": False}, "causal False is for attention 'softmax'"),
+        ({"num_experts": 4, "experts_per_token": 5}, "experts_per_token 5 is not from 1 to num_experts 4"),
+        ({"num_experts": 4, "mlp": "gelu"}, "num_experts 4 with mlp 'gelu'"),
+        ({"capacity_factor": 1.5}, "capacity_factor 1.5 without experts"),
+        ({"load_balance_weight": -1.0}, "load_balance_weight -1.0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(overrides, message):
@@ -124,20 +156,80 @@ def test_future_tokens_do_not_change_the_past(model):
     @jax.jit
     @jax.grad
     def reach_of(x_BTD):
-        x_BTD, _ = run_stack(model.layers, x_BTD, cfg.num_layers, lambda block, x, _: (block(x, positions)[0], None))
+        x_BTD, _ = model.run_layers(x_BTD, positions)
         return jnp.sum(model.read_out(x_BTD)[0, 10] * jnp.arange(cfg.vocab_size, dtype=jnp.float32))
 
     reach = np.abs(reach_of(x)).sum((0, 2))  # of each position's vector on the logits at position 10
     assert (reach[:11] > 0).all() and (reach[11:] == 0).all()
 
 
+def test_each_local_layer_reaches_as_far_back_as_its_window():
+    cfg = SMALL | {"num_layers": 3, "window": 4, "num_kv_heads": 2}
+    model = models.create("mistral-7b", rngs=nnx.Rngs(0), **cfg)
+    x, positions = model.embed_tokens(ids((1, 24)), np.arange(24)), np.arange(24)
+    read_at_20 = lambda x: jnp.sum(jnp.sin(model.run_layers(x, positions)[0][0, 20]))  # noqa: E731
+    reached = np.flatnonzero(np.abs(jax.jit(jax.grad(read_at_20))(x)).sum((0, 2)))
+    np.testing.assert_array_equal(reached, np.arange(20 - 3 * (4 - 1), 21))
+
+
+def test_without_causality_every_position_sees_all_and_nothing_is_continued():
+    model = models.create("llama-nano", rngs=nnx.Rngs(0), **SMALL, causal=False)
+    x, positions = model.embed_tokens(ids((1, 9)), np.arange(9)), np.arange(9)
+    reach = jax.jit(jax.jacobian(lambda x: jnp.sum(jnp.sin(model.run_layers(x, positions)[0][0]), axis=-1)))(x)
+    assert (np.abs(reach).sum((1, 3)) > 0).all()
+    with pytest.raises(ValueError, match="causal=False"):
+        model.sample(jax.random.key(0), prompt=ids((1, 3)), num_tokens=2)
+
+
+def test_blocks_that_alternate_are_stacked_as_one_group():
+    shapes = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(abstract("gemma2-2b"))))
+    found = {".".join(str(key.key) for key in path): leaf.shape for path, leaf in shapes}
+    for block in (0, 1):  # the local and the global layer of each of 13 pairs
+        assert found[f"layers.blocks.{block}.attention.query.kernel"] == (13, 2304, 8, 256)
+        assert found[f"layers.blocks.{block}.mlp_post_norm.scale"] == (13, 2304)
+    assert {name.split(".")[0] for name in found} == {"embed", "layers", "norm"}
+
+
+def test_logits_stay_below_their_softcap_and_follow_them_near_zero():
+    plain, capped = (models.create("llama-nano", rngs=nnx.Rngs(0), **SMALL, logit_softcap=cap) for cap in (None, 0.05))
+    raw, got = (np.asarray(forward(model, ids((2, 9)))) for model in (plain, capped))
+    assert np.abs(raw).max() > 0.1 > 0.05 >= np.abs(got).max()
+    np.testing.assert_allclose(got, 0.05 * np.tanh(raw / 0.05), atol=1e-6)
+
+
+def test_a_norm_with_an_offset_starts_as_the_plain_one():
+    plain, offset = (models.create("llama-nano", rngs=nnx.Rngs(0), **SMALL, norm_offset=value) for value in (0.0, 1.0))
+    assert not offset.layers.mlp_norm.scale[...].any()
+    np.testing.assert_allclose(forward(offset, ids((2, 9))), forward(plain, ids((2, 9))), atol=1e-6)
+
+
+def test_experts_add_their_weighted_balance_losses_to_the_cross_entropy():
+    model = models.create(
+        "moe-nano", rngs=nnx.Rngs(0), **SMALL, load_balance_weight=0.3, router_z_weight=0.2, capacity_factor=0.5
+    )
+    batch = {"tokens": ids((2, 16)), "targets": ids((2, 16), seed=1)}
+    loss, metrics = loss_of(model, batch)
+    expected = metrics["nats"] + 0.3 * metrics["load_balance"] + 0.2 * metrics["router_z"]
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    assert metrics["load_balance"] > 0.9 and 0.5 <= metrics["dropped"] < 1 and metrics["weight"] == 32
+    assert set(loss_of(models.create("llama-nano", rngs=nnx.Rngs(0), **SMALL), batch)[1]) == {"weight"}
+
+
+def test_capacity_drops_nothing_while_sampling():
+    tight, dropless = (
+        models.create("moe-nano", rngs=nnx.Rngs(0), **SMALL, capacity_factor=factor) for factor in (0.1, None)
+    )
+    how = {"prompt": ids((3, 7)), "num_tokens": 12, "temperature": 0}
+    np.testing.assert_array_equal(tight.sample(jax.random.key(0), **how), dropless.sample(jax.random.key(0), **how))
+
+
 def test_padding_does_not_change_the_loss(model):
     tokens, targets = ids((2, 20)), ids((2, 20), seed=1)
-    plain, _ = loss_of(model, {"tokens": tokens, "targets": targets})
+    plain = nats_of(model, {"tokens": tokens, "targets": targets})[0]
     pad = jnp.zeros((2, 9), tokens.dtype)
     padded = {"tokens": jnp.concatenate([tokens, pad], 1), "targets": jnp.concatenate([targets, pad], 1)}
     mask = jnp.concatenate([jnp.ones((2, 20)), jnp.zeros((2, 9))], 1)
-    got, metrics = loss_of(model, padded | {"mask": mask})
+    got, metrics = nats_of(model, padded | {"mask": mask})
     np.testing.assert_allclose(got, plain, rtol=1e-6)
     assert metrics["weight"] == 40
 
@@ -147,7 +239,7 @@ def test_loss_is_the_cross_entropy_of_the_softmax(model):
     logits = np.asarray(forward(model, tokens), np.float64)
     probability = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = -np.log(np.take_along_axis(probability, np.asarray(targets)[..., None], -1)).mean()
-    got, _ = loss_of(model, {"tokens": tokens, "targets": targets})
+    got, _ = nats_of(model, {"tokens": tokens, "targets": targets})
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 

@@ -1,4 +1,5 @@
-"""Logits equal those of `transformers` with the same random weights. Needs the extra `parity`."""
+"""Logits equal those of `transformers` with the same random weights, read from its folders and written to them. Needs
+the extra `parity`."""
 
 import jax
 import jax.numpy as jnp
@@ -6,143 +7,110 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from artifex import models
+from artifex.models import weights
 
 torch = pytest.importorskip("torch", reason="parity with transformers needs: pip install -e '.[parity]'")
 transformers = pytest.importorskip("transformers", reason="parity with transformers needs: pip install -e '.[parity]'")
 
-SIZES = {"vocab_size": 97, "embed_dim": 48, "num_layers": 3, "num_heads": 4, "mlp_dim": 80, "sequence_length": 64}
+VOCABULARY, LENGTH = 97, 64
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": LENGTH,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2_SIZES = {"vocab_size": VOCABULARY, "n_embd": 48, "n_inner": 80, "n_layer": 3, "n_head": 4, "n_positions": LENGTH}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+GEMMA2 = {"num_hidden_layers": 4, "head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 24}
+QWEN3_WINDOW = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+# name -> (their model, what its configuration has besides)
+CASES = {
+    "llama-4-key-heads": ("Llama", {"num_key_value_heads": 4}),
+    "llama-2-key-heads": ("Llama", {}),
+    "llama-1-key-head": ("Llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "llama3-rope-4": ("Llama", {"num_key_value_heads": 4, "rope_parameters": LLAMA3_ROPE}),
+    "llama3-rope-1": ("Llama", {"num_key_value_heads": 1, "rope_parameters": LLAMA3_ROPE}),
+    "mistral": ("Mistral", {"sliding_window": 11}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3-window": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True, **QWEN3_WINDOW}),
+    "gemma2": ("Gemma2", GEMMA2),
+    "gemma2-uncapped": ("Gemma2", GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gpt2": ("GPT2", {}),
+}
 
 
 def tokens() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, SIZES["vocab_size"], (2, 40))
+    return np.random.default_rng(0).integers(0, VOCABULARY, (2, 40))
 
 
-def randomise(model) -> None:
-    """Give every tensor, biases and norms too, values that matter."""
+def make(case: str):
+    """Their model, with values that matter in every tensor, biases and norms too."""
+    family, more = CASES[case]
+    config = getattr(transformers, f"{family}Config")(**((GPT2_SIZES if family == "GPT2" else SIZES) | more))
+    # written out: their fused attention knows no soft cap
+    config._attn_implementation = "eager"
+    name = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+    model = getattr(transformers, name)(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + (parameter.ndim == 1))
+    return model
 
 
-def stacked(state: dict, pattern: str, turn) -> jnp.ndarray:
-    """One tensor of every layer, turned into our layout and stacked under `layers`."""
-    return jnp.stack([jnp.asarray(turn(state[pattern.format(i)].numpy())) for i in range(SIZES["num_layers"])])
-
-
-def llama_params(state: dict, kv_heads: int) -> dict:
-    D, N, H = SIZES["embed_dim"], SIZES["num_heads"], SIZES["embed_dim"] // SIZES["num_heads"]
-    block = "model.layers.{}."
-    projections = {
-        name: {"kernel": stacked(state, f"{block}self_attn.{theirs}.weight", lambda w, n=n: w.T.reshape(D, n, H))}
-        for name, theirs, n in (("query", "q_proj", N), ("key", "k_proj", kv_heads), ("value", "v_proj", kv_heads))
-    }
-    out = stacked(state, block + "self_attn.o_proj.weight", lambda w: w.T.reshape(N, H, D))
-    mlp = {
-        name: {"kernel": stacked(state, f"{block}mlp.{name}_proj.weight", np.transpose)}
-        for name in ("gate", "up", "down")
-    }
-    norms = {
-        name: {"scale": stacked(state, f"{block}{theirs}.weight", np.asarray)}
-        for name, theirs in (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm"))
-    }
-    params = {
-        "embed": {"table": jnp.asarray(state["model.embed_tokens.weight"].numpy())},
-        "layers": {"attention": projections | {"out": {"kernel": out}}, "mlp": mlp, **norms},
-        "norm": {"scale": jnp.asarray(state["model.norm.weight"].numpy())},
-    }
-    return params | {"head": {"kernel": jnp.asarray(state["lm_head.weight"].numpy().T)}}
-
-
-def gpt2_params(state: dict) -> dict:
-    D, N, H = SIZES["embed_dim"], SIZES["num_heads"], SIZES["embed_dim"] // SIZES["num_heads"]
-    block = "transformer.h.{}."
-    attention = {}
-    for index, name in enumerate(("query", "key", "value")):
-        part = slice(index * D, (index + 1) * D)
-        attention[name] = {
-            "kernel": stacked(state, block + "attn.c_attn.weight", lambda w, p=part: w[:, p].reshape(D, N, H)),
-            "bias": stacked(state, block + "attn.c_attn.bias", lambda b, p=part: b[p].reshape(N, H)),
-        }
-    attention["out"] = {
-        "kernel": stacked(state, block + "attn.c_proj.weight", lambda w: w.reshape(N, H, D)),
-        "bias": stacked(state, block + "attn.c_proj.bias", np.asarray),
-    }
-    mlp = {
-        name: {part: stacked(state, f"{block}mlp.{theirs}.{ending}", np.asarray) for part, ending in KERNEL_AND_BIAS}
-        for name, theirs in (("up", "c_fc"), ("down", "c_proj"))
-    }
-    norms = {
-        name: {part: stacked(state, f"{block}{theirs}.{ending}", np.asarray) for part, ending in SCALE_AND_BIAS}
-        for name, theirs in (("attention_norm", "ln_1"), ("mlp_norm", "ln_2"))
-    }
-    return {
-        "embed": {"table": jnp.asarray(state["transformer.wte.weight"].numpy())},
-        "positions": {"table": jnp.asarray(state["transformer.wpe.weight"].numpy())},
-        "layers": {"attention": attention, "mlp": mlp, **norms},
-        "norm": {part: jnp.asarray(state[f"transformer.ln_f.{ending}"].numpy()) for part, ending in SCALE_AND_BIAS},
-    }
-
-
-KERNEL_AND_BIAS = (("kernel", "weight"), ("bias", "bias"))
-SCALE_AND_BIAS = (("scale", "weight"), ("bias", "bias"))
-
-
-def assert_same_logits(ours, params: dict, theirs) -> None:
-    graphdef, state = nnx.split(ours)
-    have = jax.tree.map(jnp.shape, nnx.to_pure_dict(state))
-    assert have == jax.tree.map(jnp.shape, params)
-    ids = tokens()
+def their_logits(model) -> np.ndarray:
     with torch.no_grad():
-        expected = theirs(torch.from_numpy(ids)).logits.numpy()
-    got = nnx.merge(graphdef, params)(jnp.asarray(ids))
+        return model(torch.from_numpy(tokens())).logits.float().numpy()
+
+
+@pytest.fixture(scope="module", params=CASES)
+def theirs(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    model = make(request.param)
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def test_a_folder_of_transformers_computes_the_same_logits(theirs):
+    folder, model = theirs
+    expected = their_logits(model)
+    ours = weights.from_pretrained(folder)
+    got = nnx.jit(lambda model, ids: model(ids))(ours, jnp.asarray(tokens()))
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("scaling", [1.0, 8.0])
-def test_logits_equal_those_of_llama(kv_heads, scaling):
-    rope = {"rope_type": "default", "rope_theta": 500_000.0}
-    if scaling > 1:
-        limits = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-        rope |= {"rope_type": "llama3", "factor": scaling, **limits}
-    config = transformers.LlamaConfig(
-        vocab_size=SIZES["vocab_size"],
-        hidden_size=SIZES["embed_dim"],
-        intermediate_size=SIZES["mlp_dim"],
-        num_hidden_layers=SIZES["num_layers"],
-        num_attention_heads=SIZES["num_heads"],
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=SIZES["sequence_length"],
-        rms_norm_eps=1e-5,
-        rope_parameters=rope,
-    )
-    theirs = transformers.LlamaForCausalLM(config).eval()
-    randomise(theirs)
-    ours = models.create(
-        "llama3-8b",
-        rngs=nnx.Rngs(0),
-        **SIZES,
-        num_kv_heads=kv_heads,
-        head_dim=None,
-        rope_scaling_factor=scaling,
-        rope_original_length=32,
-    )
-    assert_same_logits(ours, llama_params(theirs.state_dict(), kv_heads), theirs)
+def test_transformers_reads_what_we_write_to_the_same_logits(theirs, tmp_path):
+    folder, model = theirs
+    ours, architecture = weights.from_pretrained(folder), type(model).__name__
+    weights.save_pretrained(tmp_path, ours, layout=architecture, max_shard_bytes=60_000)
+    assert len(list(tmp_path.glob("*-of-*.safetensors"))) > 1
+    again, report = type(model).from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
+    assert not any(report.values()), report
+    np.testing.assert_allclose(their_logits(again.eval()), their_logits(model), atol=1e-6, rtol=0)
 
 
-def test_logits_equal_those_of_gpt2():
-    config = transformers.GPT2Config(
-        vocab_size=SIZES["vocab_size"],
-        n_embd=SIZES["embed_dim"],
-        n_inner=SIZES["mlp_dim"],
-        n_layer=SIZES["num_layers"],
-        n_head=SIZES["num_heads"],
-        n_positions=SIZES["sequence_length"],
-    )
-    theirs = transformers.GPT2LMHeadModel(config).eval()
-    randomise(theirs)
-    ours = models.create("gpt2", rngs=nnx.Rngs(0), **SIZES, head_dim=None)
-    assert_same_logits(ours, gpt2_params(theirs.state_dict()), theirs)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_files_are_read_exactly_as_float32(dtype, tmp_path):
+    model = make("llama-2-key-heads").to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path)
+    leaves = jax.tree.leaves(nnx.state(weights.from_pretrained(tmp_path)))
+    assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
+    read = weights.from_pretrained(tmp_path)
+    assert (read.embed.table[...] == model.model.embed_tokens.weight.detach().float().numpy()).all()
+    gate = torch.stack([layer.mlp.gate_proj.weight for layer in model.model.layers]).float().detach().numpy()
+    assert (np.asarray(read.layers.mlp.gate.kernel[...]) == gate.swapaxes(1, 2)).all()

@@ -176,12 +176,12 @@ def test_step_traces_once_and_reuses_its_buffers():
 def test_evaluation_adds_up_to_the_mean_over_targets(one_device):
     blue, state, _ = one_device
     evaluate = make_evaluate(blue)
-    whole = evaluate(state.params, batch(0))
+    whole = evaluate(state, batch(0))
     mask = np.ones((8, 16), np.float32)
     mask[5:] = 0
-    parts = [evaluate(state.params, batch(0) | {"mask": m}) for m in (mask, 1 - mask)]
-    np.testing.assert_allclose(sum(p[0] for p in parts), whole[0], rtol=1e-5)
-    assert sum(float(p[1]) for p in parts) == whole[1] == 128
+    parts = [evaluate(state, batch(0) | {"mask": m}) for m in (mask, 1 - mask)]
+    np.testing.assert_allclose(sum(p["loss"] for p in parts), whole["loss"], rtol=1e-5)
+    assert sum(float(p["weight"]) for p in parts) == whole["weight"] == 128
 
 
 def test_batches_that_do_not_divide_are_refused_with_sizes_that_do():

@@ -6,17 +6,15 @@ Dims: B rows of a global batch, R of them on this process, T tokens of a window.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import grain
 import numpy as np
-from grain.experimental import index_shuffle
+
+from artifex.data.order import check_rows, epoch_order, local_rows
 
 Batch = dict[str, np.ndarray]
-
-_STORED_ORDER = 2**16  # index_shuffle walks at least this many places: 1.7 ms a window in a corpus of 31 windows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,7 +58,7 @@ class Batches:
         """This process's rows of the batch of `step` >= 0."""
         if step < 0:
             raise ValueError(f"step is {step}; the first is 0")
-        local = _local_rows(self.batch_size, self.process_index, self.process_count)
+        local = local_rows(self.batch_size, self.process_index, self.process_count)
         window_RT = np.empty((len(local), self.sequence_length + 1), self.tokens.dtype)
         for row_T, row in zip(window_RT, local, strict=True):
             start = self._start(step * self.batch_size + row)
@@ -73,7 +71,7 @@ class Batches:
     def _start(self, row: int) -> int:
         """Where the window of the row-th row since step 0 begins."""
         epoch, place = divmod(row, self.windows_per_epoch)
-        offset, window_at = _epoch(self.seed, epoch, self.windows_per_epoch)
+        offset, window_at = epoch_order(self.seed, epoch, self.windows_per_epoch)
         return (offset + int(window_at(place)) * self.sequence_length) % len(self.tokens)
 
     def stream(self, start_step: int = 0) -> grain.DatasetIterator[Batch]:
@@ -109,7 +107,7 @@ def validation_batches(
     chosen = windows if count is None else min(windows, count * batch_size)
 
     def batch_at(step: int) -> Batch:
-        local = _local_rows(batch_size, process_index, process_count)
+        local = local_rows(batch_size, process_index, process_count)
         window_RT = np.zeros((len(local), sequence_length + 1), tokens.dtype)
         mask_RT = np.zeros((len(local), sequence_length), np.float32)
         for row_T, valid_T, row in zip(window_RT, mask_RT, local, strict=True):
@@ -126,43 +124,12 @@ def validation_batches(
     return map(batch_at, range(-(-chosen // batch_size)))
 
 
-@functools.lru_cache(maxsize=8)  # a batch asks for the same epoch once a row
-def _epoch(seed: int, epoch: int, windows: int) -> tuple[int, Callable[[int], int]]:
-    """Where an epoch's cut begins, and which window stands at a place of its order."""
-    hashed = np.random.SeedSequence(seed, spawn_key=(epoch,))
-    offset, shuffle = hashed.generate_state(2, np.uint64).tolist()
-    if windows > _STORED_ORDER:
-        return offset, functools.partial(_shuffled, windows=windows, seed=shuffle % 2**32)
-    # Raw bits, because numpy keeps them from release to release, and does not keep `permutation`.
-    return offset, np.argsort(np.random.Philox(hashed).random_raw(windows), kind="stable").__getitem__
-
-
-def _shuffled(place: int, windows: int, seed: int) -> int:
-    """Where a permutation of range(windows) that is nowhere stored sends `place`."""
-    # In grain 0.2.18 index_shuffle sends 0 and max_index to one place where max_index is a power of 4 from 2**16 up.
-    # An odd bound is none; walking on from the one or two places beyond the last window leaves a permutation.
-    while True:
-        place = index_shuffle(place, max_index=windows | 1, seed=seed, rounds=4)
-        if place < windows:
-            return place
-
-
-def _local_rows(batch_size: int, process_index: int, process_count: int) -> range:
-    rows = batch_size // process_count
-    return range(process_index * rows, (process_index + 1) * rows)
-
-
 def _check_sizes(tokens: np.ndarray, batch_size: int, sequence_length: int, index: int, count: int) -> None:
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise ValueError(f"tokens are {tokens.dtype} of shape {tokens.shape}; expected integers in one dim")
-    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length), ("process_count", count)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-    if not 0 <= index < count:
-        raise ValueError(f"process_index {index} is not in [0, {count})")
-    if batch_size % count:
-        near = -(-batch_size // count) * count
-        raise ValueError(f"batch_size {batch_size} does not divide by the {count} processes; set it to e.g. {near}")
+    if sequence_length < 1:
+        raise ValueError(f"sequence_length is {sequence_length}; it must be at least 1")
+    check_rows(batch_size, index, count)
 
 
 def _check_ids(window_RT: np.ndarray, vocab_size: int | None) -> None:

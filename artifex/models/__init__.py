@@ -11,24 +11,62 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from artifex.models.diffusion import config as _diffusion
+from artifex.models.diffusion import layouts as _diffusion_layouts
+from artifex.models.layouts import Layout
 from artifex.models.transformer import config as _transformer
+from artifex.models.transformer import layouts as _transformer_layouts
+from artifex.models.transformer import masked_config as _masked
+from artifex.models.vae import config as _vae
+from artifex.models.vae import layouts as _vae_layouts
 
 if TYPE_CHECKING:
     import jax
     from flax import nnx
 
-PRESETS: dict[str, Any] = {**_transformer.PRESETS}
+
+def _latent(diffusion: str, autoencoder: str, image_size: int, **more: int) -> _diffusion.DiffusionConfig:
+    """A diffusion model over the latents of an autoencoder, its network as large as the latents are."""
+    of = dataclasses.replace(_vae.PRESETS[autoencoder], image_size=image_size)
+    base = _diffusion.PRESETS[diffusion]
+    channels = {"in_channels": of.latent_channels, "out_channels": of.latent_channels}
+    if base.network.out_channels == 2 * base.network.in_channels:  # beside the prediction, a variance
+        channels["out_channels"] *= 2
+    network = dataclasses.replace(base.network, image_size=of.latent_size, **channels, **more)
+    return dataclasses.replace(base, network=network, autoencoder=of)
+
+
+PRESETS: dict[str, Any] = {
+    **_transformer.PRESETS,
+    **_masked.PRESETS,
+    **_vae.PRESETS,
+    **_diffusion.PRESETS,
+    # Peebles and Xie 2022: 256 x 256 images as latents of Stable Diffusion's autoencoder
+    **{f"latent-{name}": _latent(name, "sd-autoencoder", 256) for name in ("dit-s2", "dit-b2", "dit-l2", "dit-xl2")},
+    "latent-dit-digits": _latent("dit-digits", "kl-digits", 8, patch_size=1),
+}
 """Preset name -> the frozen configuration of its family."""
+
+LAYOUTS: dict[str, Layout] = {
+    layout.architecture: layout
+    for layout in (*_transformer_layouts.LAYOUTS, *_vae_layouts.LAYOUTS, *_diffusion_layouts.LAYOUTS)
+}
+"""Another library's name for an architecture -> how it writes the model down: see `artifex.models.weights`."""
 
 
 class GenerativeModel(Protocol):
     """What training and sampling ask of a model.
 
-    `loss` returns the mean loss in nats and its metrics; `metrics["weight"]` is the count the mean was taken over, so
-    that parts of a batch add up. `rngs` None means no dropout: validation. `sample` is a pure function of its key.
+    `loss` returns the mean loss and its metrics, scalars: `metrics["weight"]` is the count the mean was taken over, so
+    that parts of a batch add up, and every other metric is a mean over the same count. Where the loss is more than a
+    likelihood, `metrics["nats"]` is the likelihood. `rngs` None means validation: no dropout, and fixed noise.
+    `sample` is a pure function of its key. `cfg` is the configuration the model was built from.
     """
+
+    cfg: Any
 
     def loss(
         self, batch: dict[str, jax.Array], rngs: nnx.Rngs | None = None
@@ -45,16 +83,25 @@ def list_models(pattern: str = "*") -> list[str]:
 def preset(name: str, **overrides: Any) -> Any:
     """The configuration of preset `name` with some fields replaced.
 
+    A field that is itself a configuration, such as the network of a diffusion model, takes a mapping of its own fields.
     Raises `ValueError` for an unknown preset or field, with the nearest known one, and for values that do not fit.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown model {name!r}: {_nearest(name, PRESETS)}")
-    base = PRESETS[name]
-    fields = [field.name for field in dataclasses.fields(base)]
-    for field in overrides:
+    return _replaced(f"model {name!r}", PRESETS[name], overrides)
+
+
+def _replaced(what: str, base: Any, overrides: Mapping[str, Any]) -> Any:
+    fields, changes = [field.name for field in dataclasses.fields(base)], {}
+    for field, value in overrides.items():
         if field not in fields:
-            raise ValueError(f"model {name!r} has no field {field!r}: {_nearest(field, fields)}")
-    return dataclasses.replace(base, **overrides)
+            raise ValueError(f"{what} has no field {field!r}: {_nearest(field, fields)}")
+        part = getattr(base, field)
+        if dataclasses.is_dataclass(part) and isinstance(value, Mapping):
+            changes[field] = _replaced(f"{what}: {field}", part, value)
+        else:  # frozen configurations hold tuples where files have lists
+            changes[field] = tuple(value) if isinstance(value, list) else value
+    return dataclasses.replace(base, **changes)
 
 
 def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> Any:

@@ -20,15 +20,17 @@ UNROLL_UP_TO = 16  # layers; unrolled is about a tenth faster on a CPU, but its 
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How repeated blocks run. Both settings change time and memory, never values.
+    """How blocks run. These settings change time and memory, not values beyond rounding.
 
     `remat`: what the backward pass computes again: nothing ("none"), all but matrix products ("dots"), or all ("full").
     `unroll`: layers to an iteration of the scan; "auto" takes all of them up to 16 layers without remat, else 1,
     because XLA on a CPU saves memory by remat only in scanned layers.
+    `attention`: see `artifex.models.attention.implementation_for`, which "auto" follows.
     """
 
     remat: Literal["none", "dots", "full"] = "none"
     unroll: int | Literal["auto"] = "auto"
+    attention: Literal["auto", "tiles", "xla", "cudnn"] = "auto"
 
     def layers_at_once(self, num_layers: int) -> int:
         """`unroll` as a number, at most `num_layers`."""
@@ -52,6 +54,11 @@ def execution(how: Execution) -> Iterator[None]:
         yield
     finally:
         _EXECUTION.reset(token)
+
+
+def current_execution() -> Execution:
+    """How blocks run here: what the innermost `execution` says, or the defaults."""
+    return _EXECUTION.get()
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:

@@ -11,15 +11,9 @@ from typing import Any
 import jax
 
 from artifex.config import Config
-from artifex.data.text import TextCorpus
 from artifex.training.progress import Report
 from artifex.training.run_folder import RunFolder
-
-
-def unit_of(corpus: TextCorpus) -> tuple[str, float]:
-    """The unit losses are shown in, and how many of it a nat per token is: bits per byte where bytes are known."""
-    known = corpus.bytes_per_token["validation"]
-    return ("bits per byte", 1 / math.log(2) / known) if known else ("bits per token", 1 / math.log(2))
+from artifex.training.task import Metrics, Task
 
 
 class Meter:
@@ -29,13 +23,11 @@ class Meter:
     compilation nor what runs `aside`: validation, checkpoints, samples.
     """
 
-    def __init__(self, config: Config, corpus: TextCorpus, folder: RunFolder, report: Report):
-        self.config, self.folder, self.report = config, folder, report
-        self.unit, self.per_nat = unit_of(corpus)
-        self.tokens_per_step = config.training.batch_size * config.data.sequence_length
+    def __init__(self, config: Config, task: Task, folder: RunFolder, report: Report):
+        self.config, self.task, self.folder, self.report = config, task, folder, report
         self.late: tuple[int, dict[str, jax.Array]] | None = None
         self.began = self.since = time.perf_counter()
-        self.data_wait, self.losses, self.timed_steps = 0.0, [], 0
+        self.data_wait, self.since_line, self.timed_steps = 0.0, [], 0
         self.compiled = False
 
     def waited(self, seconds: float) -> None:
@@ -61,7 +53,7 @@ class Meter:
                     f"{name} is {metrics[name]} at step {step}: the run stops and its last good checkpoint stays; "
                     "lower optimizer.learning_rate, set optimizer.clip_norm, or look at the data of this step"
                 )
-        self.losses.append(metrics["loss"])
+        self.since_line.append(metrics)
         if not self.compiled:  # the first step compiles: it is in no rate
             self.compiled, self.since, self.data_wait = True, time.perf_counter(), 0.0
         else:
@@ -71,36 +63,46 @@ class Meter:
         else:
             self.report.advance(step, None)
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
+    def write(self, step: int, last: Metrics) -> None:
         """One line of the `train` split, to the file and beside the bar."""
-        seconds = time.perf_counter() - self.since
-        rate = self.timed_steps * self.tokens_per_step / seconds if self.timed_steps else None
-        loss = sum(self.losses) / len(self.losses)
+        seconds, task = time.perf_counter() - self.since, self.task
+        rate = self.timed_steps * task.per_step / seconds if self.timed_steps else None
+        count = len(self.since_line)
+        means = {name: sum(line[name] for line in self.since_line) / count for name in last if name != "weight"}
         self.folder.log(
             {
                 "step": step,
                 "split": "train",
-                "loss": loss,
-                "grad_norm": metrics["grad_norm"],
-                "learning_rate": metrics["learning_rate"],
-                "tokens": step * self.tokens_per_step,
-                "tokens_per_second": rate,
+                **means,
+                "grad_norm": last["grad_norm"],
+                "learning_rate": last["learning_rate"],
+                task.noun: step * task.per_step,
+                f"{task.noun}_per_second": rate,
                 "data_wait_seconds": self.data_wait,
                 "elapsed_seconds": time.perf_counter() - self.began,
             }
         )
-        shown = f"loss {loss:.3f} ({loss * self.per_nat:.3f} {self.unit})"
+        score = task.score(means)
+        shown = f"loss {means['loss']:.3f}"
+        if score.unit != "loss":
+            shown += f" ({means[score.field] * score.scale:.3f} {score.unit})"
         if rate:
-            shown += f"  {rate:,.0f} tokens/s  data wait {self.data_wait / seconds:.1%}"
+            shown += f"  {rate:,.0f} {task.noun}/s  data wait {self.data_wait / seconds:.1%}"
         self.report.advance(step, shown)
-        self.since, self.data_wait, self.losses, self.timed_steps = time.perf_counter(), 0.0, [], 0
+        self.since, self.data_wait, self.since_line, self.timed_steps = time.perf_counter(), 0.0, [], 0
 
-    def validated(self, step: int, loss: float, targets: int) -> None:
-        """One line of the `validation` split."""
-        value = loss * self.per_nat
-        record: dict[str, Any] = {"step": step, "split": "validation", "loss": loss, self.unit.replace(" ", "_"): value}
-        self.folder.log(record | {"targets": targets, "elapsed_seconds": time.perf_counter() - self.began})
-        self.report.line(f"step {step}: validation loss {loss:.4f} nats per token, {value:.4f} {self.unit}")
+    def validated(self, step: int, metrics: Metrics, weight: float) -> None:
+        """One line of the `validation` split: means over `weight` targets or images."""
+        score = self.task.score(metrics)
+        value = metrics[score.field] * score.scale
+        record: dict[str, Any] = {"step": step, "split": "validation", **metrics, score.key: value}
+        self.folder.log(record | {"targets": int(weight), "elapsed_seconds": time.perf_counter() - self.began})
+        others = "".join(
+            f", {name} {value:.4g}" for name, value in metrics.items() if name not in ("loss", "nats", score.field)
+        )
+        own = "" if score.unit == "loss" else f", {value:.4f} {score.unit}"
+        of = " nats per token" if self.task.noun == "tokens" else ""
+        self.report.line(f"step {step}: validation loss {metrics['loss']:.4f}{of}{own}{others}")
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from artifex.config import Config
+from artifex.training.task import Metrics, Score
 
 FIXED = {
     "model": None,
@@ -21,6 +23,8 @@ FIXED = {
 class RunFolder:
     """Everything a run writes below `path`; `weights/` and `loss.png` at its end."""
 
+    TOKENIZER = "tokenizer.json"
+
     def __init__(self, path: Path):
         self.path = path
         self.config = path / "config.json"
@@ -29,7 +33,7 @@ class RunFolder:
         self.samples = path / "samples"
         self.checkpoints = path / "checkpoints"
         self.weights = path / "weights"
-        self.tokenizer = path / "tokenizer.json"
+        self.tokenizer = path / self.TOKENIZER
         self.cache = path / "cache"  # what can be made again: a trained tokenizer
 
     def open(self, config: Config) -> list[str]:
@@ -89,33 +93,33 @@ class RunFolder:
         with self.metrics.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def write_sample(self, step: int, text: str) -> None:
-        """Keep a sample under the step it was made at."""
-        (self.samples / f"step-{step:07d}.txt").write_text(text)
+    def sample(self, step: int, ending: str) -> Path:
+        """The file of the sample made at a step."""
+        return self.samples / f"step-{step:07d}{ending}"
 
-    def read_sample(self, step: int) -> str:
-        """The sample of a step."""
-        return (self.samples / f"step-{step:07d}.txt").read_text()
-
-    def plot(self, unit: str, per_nat: float) -> None:
-        """Draw the loss of both splits, `per_nat` units to a nat, to `loss.png`."""
+    def plot(self, score_of: Callable[[Metrics], Score]) -> None:
+        """Draw the score of both splits over the steps, to `loss.png`."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 4), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
-        records = self.read_metrics()
+        records = [record for record in self.read_metrics() if record.get("loss") is not None]
+        score = score_of(records[-1]) if records else Score("loss", 1.0, "loss")
+        values = [(r["split"], r["step"], r[score.field] * score.scale) for r in records if score.field in r]
         for split, style in (("train", {"alpha": 0.6, "lw": 1}), ("validation", {"marker": "o", "ms": 3})):
-            points = [(record["step"], record["loss"] * per_nat) for record in records if record["split"] == split]
+            points = [(step, value) for of, step, value in values if of == split]
             if points:
                 axes.plot(*zip(*points, strict=True), label=f"{split}, last {points[-1][1]:.3f}", **style)
         # the first steps fall from chance level and would flatten all that follows
-        lows = [record["loss"] * per_nat for record in records if math.isfinite(record["loss"])]
+        lows = [value for _, _, value in values if math.isfinite(value)]
         if lows:
             later = sorted(lows)[: max(1, int(len(lows) * 0.97))]
-            axes.set_ylim(min(lows) * 0.95, max(later) * 1.02 if max(later) > min(lows) else None)
-        axes.set(xlabel="step", ylabel=f"loss ({unit})")
+            low, high = later[0], later[-1]
+            if high > low:
+                axes.set_ylim(low - 0.06 * (high - low), high + 0.02 * (high - low))
+        axes.set(xlabel="step", ylabel=score.unit)
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(self.picture, dpi=120)

@@ -18,6 +18,9 @@ from artifex.optim import make_optimizer
 from artifex.scaling import placement
 from artifex.scaling.plan import Plan
 
+BATCH = {1: ("batch",), 2: ("batch", "sequence"), 4: ("batch", "height", "width", "channels")}
+"""The logical axes of an array of a batch, by its rank."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
@@ -25,7 +28,8 @@ class TrainState:
     """Everything a run is: what is not in here a resumed run does not need. Of arrays, shapes, or shardings."""
 
     step: Any  # int32, updates made
-    params: Any  # nested dicts, the model's canonical tree, float32
+    params: Any  # nested dicts, the trained part of the model's canonical tree, float32
+    buffers: Any  # the rest of that tree: codebooks that follow a mean, frozen weights; often empty
     optimizer: Any  # optax state
     ema: Any  # like params, or None
     key: Any  # uint32 key data; folded with the step, so it never changes
@@ -44,7 +48,7 @@ class Blueprint:
     plan: Plan
     mesh: Mesh
     graphdef: Any
-    names: Any
+    names: Any  # of the parameters
     optimizer: optax.GradientTransformation
     state: TrainState  # of jax.ShapeDtypeStruct, each with its sharding
 
@@ -57,12 +61,21 @@ class Blueprint:
         """A fresh state. Every array is made in its shards: no device ever holds more than its share."""
         return jax.jit(lambda: _fresh(self.config, self.optimizer), out_shardings=self.shardings)()
 
+    def model(self, state: TrainState) -> Any:
+        """The model with the weights that validation, samples and exports use."""
+        return nnx.merge(self.graphdef, state.weights, state.buffers)
+
+    def tree(self, state: TrainState) -> Any:
+        """The canonical tree of these weights: parameters and buffers in one nested dict."""
+        return nnx.to_pure_dict(nnx.state(self.model(state)))
+
     def batch_sharding(self, batch: dict[str, Any]) -> dict[str, NamedSharding]:
-        """Where the arrays (batch, sequence) of a batch live."""
+        """Where the arrays of a batch live: labels (batch), tokens (batch, sequence), images."""
         rules, sizes = self.plan.rules, self.plan.sizes
-        names = ("batch", "sequence")
         return {
-            key: NamedSharding(self.mesh, placement.resolve(names, value.shape, rules.activations, sizes).spec)
+            key: NamedSharding(
+                self.mesh, placement.resolve(BATCH[value.ndim], value.shape, rules.activations, sizes).spec
+            )
             for key, value in batch.items()
         }
 
@@ -70,8 +83,8 @@ class Blueprint:
 def blueprint(config: Config, plan: Plan, mesh: Mesh) -> Blueprint:
     """Build the model and its state abstractly and place every array by the plan's rules."""
     abstract = nnx.eval_shape(lambda: config.model.spec().build(nnx.Rngs(0)))
-    graphdef, model_state = nnx.split(abstract)
-    names = placement.names_of(model_state)
+    graphdef, trained, rest = nnx.split(abstract, nnx.Param, ...)
+    names, buffer_names = placement.names_of(trained), placement.names_of(rest)
     optimizer = make_optimizer(config.optimizer, config.training.steps, names)
     state = jax.eval_shape(lambda: _fresh(config, optimizer))
     rules, whole = plan.rules, NamedSharding(mesh, PartitionSpec())
@@ -79,21 +92,44 @@ def blueprint(config: Config, plan: Plan, mesh: Mesh) -> Blueprint:
     placed = TrainState(
         step=whole,
         params=jax.tree.map(functools.partial(place, table=rules.params), state.params, state.params, names),
+        buffers=jax.tree.map(functools.partial(place, table=rules.params), state.buffers, state.buffers, buffer_names),
         optimizer=_place_optimizer(state, names, functools.partial(place, table=rules.optimizer), whole),
         ema=state.ema and jax.tree.map(functools.partial(place, table=rules.optimizer), state.ema, state.params, names),
         key=whole,
     )
+    _check_no_axis_idle(config, plan, placed.params, names)
     state = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), state, placed
     )
     return Blueprint(config, plan, mesh, graphdef, names, optimizer, state)
 
 
+def _check_no_axis_idle(config: Config, plan: Plan, params: Any, names: Any) -> None:
+    """Raise `ValueError` where the devices along a mesh axis would all do the same work."""
+    used = {axis for rule in plan.rules.activations if rule.name == "batch" for axis in rule.axes}
+    for sharding in jax.tree.leaves(params):
+        used |= {axis for part in sharding.spec for axis in (part if isinstance(part, tuple) else (part,))}
+    for axis, size in plan.sizes.items():
+        if size > 1 and axis not in used:
+            there = sorted({name for axes in jax.tree.leaves(names, is_leaf=_is_names) for name in axes})
+            wanted = sorted({rule.name for rule in plan.rules.params if axis in rule.axes})
+            raise ValueError(
+                f"mesh axis {axis!r} of {size} devices splits nothing of {config.model.name!r}: its rules are for "
+                f"{', '.join(wanted)}, the model's dims are {', '.join(there)}, or do not divide by {size}; use "
+                "device.data or device.fsdp instead"
+            )
+
+
+def _is_names(node: Any) -> bool:
+    return isinstance(node, tuple)
+
+
 def _fresh(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
     weights, noise = jax.random.split(jax.random.key(config.training.seed))
-    params = nnx.to_pure_dict(nnx.state(config.model.spec().build(nnx.Rngs(weights))))
+    _, *parts = nnx.split(config.model.spec().build(nnx.Rngs(weights)), nnx.Param, ...)
+    params, buffers = map(nnx.to_pure_dict, parts)
     ema = None if config.training.ema_decay is None else jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.int32(0), params, optimizer.init(params), ema, jax.random.key_data(noise))
+    return TrainState(jnp.int32(0), params, buffers, optimizer.init(params), ema, jax.random.key_data(noise))
 
 
 def _place_optimizer(state: TrainState, names: Any, place: Callable, whole: NamedSharding) -> Any:

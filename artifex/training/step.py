@@ -17,34 +17,37 @@ from artifex.scaling.axes import activation_rules
 from artifex.training.state import Blueprint, TrainState
 
 Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
 
 
-def make_loss(blue: Blueprint) -> Callable[[Any, Batch, jax.Array | None], tuple[jax.Array, dict[str, jax.Array]]]:
-    """`loss(params, batch, key)` under the plan: the model in its compute dtype, activations laid out by the rules."""
+def make_loss(blue: Blueprint) -> Callable[[Any, Any, Batch, jax.Array | None], tuple[jax.Array, tuple[Metrics, Any]]]:
+    """`loss(params, buffers, batch, key) -> (loss, (metrics, buffers))` under the plan: the model in its compute dtype,
+    activations laid out by the rules. Buffers change only where a key is given."""
     config, plan = blue.config.training, blue.plan
     how = Execution(plan.remat, config.unroll)
     dtype = jnp.dtype(config.compute_dtype)
 
-    def loss(params: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(params: Any, buffers: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, tuple[Metrics, Any]]:
         with activation_rules(plan.rules, blue.mesh), execution(how):
-            model = nnx.merge(blue.graphdef, jax.tree.map(lambda value: value.astype(dtype), params))
-            return model.loss(batch, None if key is None else nnx.Rngs(key))
+            model = nnx.merge(blue.graphdef, jax.tree.map(lambda value: value.astype(dtype), params), buffers)
+            value, metrics = model.loss(batch, None if key is None else nnx.Rngs(key))
+            return value, (metrics, nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[2]))
 
     return loss
 
 
-def make_step(blue: Blueprint) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+def make_step(blue: Blueprint) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """`step(state, batch) -> (state, metrics)`, compiled on first use; the state's buffers are reused.
 
-    Metrics are scalars: `loss` (nats), `grad_norm` before clipping, `learning_rate`, and what the model reports.
+    Metrics are scalars: `loss`, `grad_norm` before clipping, `learning_rate`, and what the model reports.
     """
     schedule = make_schedule(blue.config.optimizer, blue.config.training.steps)
     decay = blue.config.training.ema_decay
     gradients = _gradients(blue)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        loss, metrics, grads = gradients(state.params, batch, key)
+        loss, metrics, buffers, grads = gradients(state.params, state.buffers, batch, key)
         updates, optimizer = blue.optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -58,7 +61,7 @@ def make_step(blue: Blueprint) -> Callable[[TrainState, Batch], tuple[TrainState
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        return TrainState(state.step + 1, params, optimizer, ema, state.key), metrics
+        return TrainState(state.step + 1, params, buffers, optimizer, ema, state.key), metrics
 
     whole = NamedSharding(blue.mesh, PartitionSpec())
     # pinned: XLA would change the layout of some outputs, and a resumed run would no longer be bitwise equal
@@ -66,42 +69,48 @@ def make_step(blue: Blueprint) -> Callable[[TrainState, Batch], tuple[TrainState
 
 
 def _gradients(blue: Blueprint) -> Callable:
-    """`gradients(params, batch, key) -> (loss, metrics, grads)` over all microbatches, each weighed by its targets."""
+    """`gradients(params, buffers, batch, key) -> (loss, metrics, buffers, grads)` over all microbatches.
+
+    Each microbatch is weighed by its targets, and changes the buffers that the next one sees.
+    """
     value_and_grad = jax.value_and_grad(make_loss(blue), has_aux=True)
     parts = blue.plan.microbatches
 
-    def whole(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array], Any]:
-        (loss, metrics), grads = value_and_grad(params, batch, key)
-        return loss, metrics, grads
+    def whole(params: Any, buffers: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics, Any, Any]:
+        (loss, (metrics, buffers)), grads = value_and_grad(params, buffers, batch, key)
+        return loss, metrics, buffers, grads
 
-    def accumulated(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array], Any]:
-        def add(sums: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-            batch, index = part
-            (loss, metrics), grads = value_and_grad(params, batch, jax.random.fold_in(key, index))
+    def accumulated(params: Any, buffers: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics, Any, Any]:
+        def add(carry: tuple[Any, Any], part: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Any], None]:
+            (sums, buffers), (batch, index) = carry, part
+            (loss, (metrics, buffers)), grads = value_and_grad(params, buffers, batch, jax.random.fold_in(key, index))
             weight = metrics.pop("weight")
             weighed = jax.tree.map(lambda value: weight * value, (loss, metrics, grads))
-            return jax.tree.map(jnp.add, sums, (weight, *weighed)), None
+            return (jax.tree.map(jnp.add, sums, (weight, *weighed)), buffers), None
 
         # row r goes to part r % parts: a device keeps its own rows
         split = {key: value.reshape(-1, parts, *value.shape[1:]).swapaxes(0, 1) for key, value in batch.items()}
         first = {key: value[0] for key, value in split.items()}
-        (_, shapes), like = jax.eval_shape(value_and_grad, params, first, key)
+        (_, (shapes, _)), like = jax.eval_shape(value_and_grad, params, buffers, first, key)
         shapes = {name: shape for name, shape in shapes.items() if name != "weight"}
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes, like))
         start = (jnp.float32(0), jnp.float32(0), *zeros)
-        (weight, *sums), _ = jax.lax.scan(add, start, (split, jnp.arange(parts)))
+        ((weight, *sums), buffers), _ = jax.lax.scan(add, (start, buffers), (split, jnp.arange(parts)))
         loss, metrics, grads = jax.tree.map(lambda total: total / jnp.maximum(weight, 1.0), tuple(sums))
-        return loss, metrics | {"weight": weight}, grads
+        return loss, metrics | {"weight": weight}, buffers, grads
 
     return whole if parts == 1 else accumulated
 
 
-def make_evaluate(blue: Blueprint) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
-    """`evaluate(params, batch) -> (sum of nats, number of targets)`, compiled on first use."""
+def make_evaluate(blue: Blueprint) -> Callable[[TrainState, Batch], Metrics]:
+    """`evaluate(state, batch)`: `weight`, and `loss` and every metric times it, so that batches add up. Compiled on
+    first use; the weights are `state.weights`."""
     loss = make_loss(blue)
 
-    def evaluate(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        mean, metrics = loss(params, batch, None)
-        return mean * metrics["weight"], metrics["weight"]
+    def evaluate(weights: Any, buffers: Any, batch: Batch) -> Metrics:
+        mean, (metrics, _) = loss(weights, buffers, batch, None)
+        weight = metrics.pop("weight")
+        return {name: value * weight for name, value in (metrics | {"loss": mean}).items()} | {"weight": weight}
 
-    return jax.jit(evaluate)
+    compiled = jax.jit(evaluate)
+    return lambda state, batch: compiled(state.weights, state.buffers, batch)

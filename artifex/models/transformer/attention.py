@@ -1,11 +1,11 @@
-"""Grouped-query attention with rotary positions and a cache of keys and values.
+"""Softmax attention of the decoder: projections, norms and rotary positions of queries and keys, and their cache.
 
 Dims: B batch, T queries, S keys, D embed, N query heads, K key heads, G = N / K, H head_dim.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,10 @@ import numpy as np
 from flax import nnx
 
 from artifex.models import layers
+from artifex.models.attention import attend, dot_product_attention, seen
 from artifex.models.transformer.config import DecoderConfig
+from artifex.models.transformer.norms import rms_norm
 from artifex.scaling import axes
-
-TILE = 64  # queries at least: smaller products run below a CPU's rate
 
 
 class Cache(NamedTuple):
@@ -25,58 +25,18 @@ class Cache(NamedTuple):
     key_BKSH: jax.Array  # heads before positions: a step reads it as it lies, in half the time for 8 rows on a CPU
     value_BKSH: jax.Array
 
-    @classmethod
-    def empty(cls, cfg: DecoderConfig, batch: int, length: int, dtype: jnp.dtype) -> Cache:
-        """Room for `length` positions of one layer."""
-        zeros = jnp.zeros((batch, cfg.kv_heads, length, cfg.per_head), dtype)
-        return cls(zeros, zeros)
-
-    def write(self, key_BKTH: jax.Array, value_BKTH: jax.Array, start: int | jax.Array) -> Cache:
+    def write(self, key_BTKH: jax.Array, value_BTKH: jax.Array, start: int | jax.Array) -> Cache:
         """The cache with positions `start` to `start + T` filled."""
         put = jax.lax.dynamic_update_slice_in_dim
+        key_BKTH, value_BKTH = key_BTKH.swapaxes(1, 2), value_BTKH.swapaxes(1, 2)
         return Cache(put(self.key_BKSH, key_BKTH, start, 2), put(self.value_BKSH, value_BKTH, start, 2))
 
 
-def causal_attention(query_BKGTH: jax.Array, key_BKTH: jax.Array, value_BKTH: jax.Array) -> jax.Array:
-    """`attend` within one sequence, by tiles of queries, each to the keys up to its own end: (B, K, G, T, H).
-
-    Four tiles do without three eighths of the scores.
-    """
-    length = key_BKTH.shape[2]
-    # where the sequence is split over a mesh, a tile would be a part of it
-    tile = length if axes.activation_axes("sequence", length) else max(TILE, -(-length // 4))
-    mixed = []
-    for begin in range(0, length, tile):
-        end = min(begin + tile, length)
-        seen_TS = np.arange(begin, end)[:, None] >= np.arange(end)
-        mixed.append(attend(query_BKGTH[:, :, :, begin:end], key_BKTH[:, :, :end], value_BKTH[:, :, :end], seen_TS))
-    return jnp.concatenate(mixed, axis=3)
-
-
-def attend(
-    query_BKGTH: jax.Array, key_BKSH: jax.Array, value_BKSH: jax.Array, seen_TS: jax.Array | np.ndarray
-) -> jax.Array:
-    """softmax(Q K^T / sqrt(H)) V over the keys that each query has `seen`: (B, K, G, T, H). Weights are float32."""
-    B, K, G, T, H = query_BKGTH.shape
-    query_BKRH = (query_BKGTH * H**-0.5).reshape(B, K, G * T, H)  # R: the queries of all heads that share a key head
-    scores_BKRS = jnp.einsum("BKRH,BKSH->BKRS", query_BKRH, key_BKSH, preferred_element_type=jnp.float32)
-    # added, not selected: a selection has another one as its gradient
-    hidden_TS = jnp.where(seen_TS, 0.0, -1e30)
-    scores_BKRS = scores_BKRS + jnp.tile(hidden_TS, (G, 1))[None, None]
-    top_BKR1 = jax.lax.stop_gradient(jnp.max(scores_BKRS, axis=-1, keepdims=True))
-    weights_BKRS = jnp.exp(scores_BKRS - top_BKR1)
-    mixed_BKRH = jnp.einsum("BKRS,BKSH->BKRH", weights_BKRS.astype(value_BKSH.dtype), value_BKSH)
-    # divided after the product: H numbers a query instead of S
-    mixed_BKRH = mixed_BKRH / jnp.sum(weights_BKRS, axis=-1, keepdims=True).astype(mixed_BKRH.dtype)
-    return mixed_BKRH.reshape(B, K, G, T, H)
-
-
 class Attention(nnx.Module):
-    """softmax(Q K^T / sqrt(H)) V, causal (Vaswani et al. 2017, arXiv:1706.03762), with groups of query heads on one
-    key head (Ainslie et al. 2023, arXiv:2305.13245)."""
+    """`dot_product_attention` between projections; a layer with a `window` sees the newest keys alone."""
 
-    def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
-        self.cfg = cfg
+    def __init__(self, cfg: DecoderConfig, *, window: int | None = None, rngs: nnx.Rngs):
+        self.cfg, self.window = cfg, window
         query, key = (cfg.embed_dim, cfg.num_heads, cfg.per_head), (cfg.embed_dim, cfg.kv_heads, cfg.per_head)
         self.query = layers.Linear(query, ("embed", "heads", "head_dim"), bias=cfg.bias, rngs=rngs)
         self.key = layers.Linear(key, ("embed", "kv_heads", "head_dim"), bias=cfg.bias, rngs=rngs)
@@ -89,6 +49,15 @@ class Attention(nnx.Module):
             scale=0.5 / cfg.num_layers,  # 2 residual branches a layer: their sum keeps the variance of the stream
             rngs=rngs,
         )
+        if cfg.qk_norm:
+            self.query_norm = rms_norm(cfg, cfg.per_head, "head_dim")
+            self.key_norm = rms_norm(cfg, cfg.per_head, "head_dim")
+
+    @staticmethod
+    def empty_cache(cfg: DecoderConfig, batch: int, length: int, dtype: jnp.dtype) -> Cache:
+        """Room for `length` positions of one layer."""
+        zeros = jnp.zeros((batch, cfg.kv_heads, length, cfg.per_head), dtype)
+        return Cache(zeros, zeros)
 
     def __call__(
         self,
@@ -96,31 +65,40 @@ class Attention(nnx.Module):
         positions_T: jax.Array | np.ndarray,
         cache: Cache | None = None,
         start: int | jax.Array = 0,
+        valid: int | jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """Attend within x, or, with a cache, from x at positions `start` on to all positions up to each of its own."""
-        query_BKGTH, key_BKTH, value_BKTH = self.project(x_BTD, positions_T)
+        """Attend within x, or, with a cache, from x at positions `start` on to all positions up to each of its own.
+
+        `valid`, for modules that carry a state: how many positions of x are no padding. Here padding's keys stay
+        behind every query until they are overwritten.
+        """
+        query_BTNH, key_BTKH, value_BTKH = self.project(x_BTD, positions_T)
+        bounds: dict[str, Any] = {"softcap": self.cfg.attention_softcap, "scale": self.cfg.query_scale}
         if cache is None:
-            mixed_BKGTH = causal_attention(query_BKGTH, key_BKTH, value_BKTH)
+            reach: dict[str, Any] = {"causal": self.cfg.causal, "window": self.window}
+            mixed_BTNH = dot_product_attention(query_BTNH, key_BTKH, value_BTKH, **reach, **bounds)
         else:
-            cache = cache.write(key_BKTH, value_BKTH, start)
+            cache = cache.write(key_BTKH, value_BTKH, start)
+            query_BTKGH = query_BTNH.reshape(*key_BTKH.shape[:3], -1, self.cfg.per_head)
             # a start known while tracing is the prompt's: no later position is filled yet
-            seen = start + x_BTD.shape[1] if isinstance(start, int) else cache.key_BKSH.shape[2]
-            seen_TS = jnp.arange(seen)[None, :] <= positions_T[:, None]
-            mixed_BKGTH = attend(query_BKGTH, cache.key_BKSH[:, :, :seen], cache.value_BKSH[:, :, :seen], seen_TS)
-        heads = (self.cfg.num_heads, self.cfg.per_head)
-        mixed_BTNH = mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(*x_BTD.shape[:2], *heads)
+            filled = start + x_BTD.shape[1] if isinstance(start, int) else cache.key_BKSH.shape[2]
+            keys_BKSH, values_BKSH = cache.key_BKSH[:, :, :filled], cache.value_BKSH[:, :, :filled]
+            seen_TS = seen(positions_T, jnp.arange(filled), self.window)
+            mixed_BKGTH = attend(query_BTKGH.transpose(0, 2, 3, 1, 4), keys_BKSH, values_BKSH, seen_TS, **bounds)
+            mixed_BTNH = mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(query_BTNH.shape)
         return self.out(axes.shard(mixed_BTNH, "batch", "sequence", "act_heads", None)), cache
 
     def project(self, x_BTD: jax.Array, positions_T: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries (B, K, G, T, H), keys and values (B, K, T, H), turned by their positions if the model is rotary."""
+        """Queries (B, T, N, H), keys and values (B, T, K, H), normed and turned by their positions if so configured."""
         query_BTNH, key_BTKH, value_BTKH = layers.fused(x_BTD, self.query, self.key, self.value)
         query_BTNH = axes.shard(query_BTNH, "batch", "sequence", "act_heads", None)
         key_BTKH = axes.shard(key_BTKH, "batch", "sequence", "act_kv_heads", None)
         value_BTKH = axes.shard(value_BTKH, "batch", "sequence", "act_kv_heads", None)
+        if self.cfg.qk_norm:
+            query_BTNH, key_BTKH = self.query_norm(query_BTNH), self.key_norm(key_BTKH)
         if self.cfg.positions == "rope":
             query_BTNH, key_BTKH = self.turn(query_BTNH, positions_T), self.turn(key_BTKH, positions_T)
-        query_BTKGH = query_BTNH.reshape(*key_BTKH.shape[:3], -1, self.cfg.per_head)
-        return query_BTKGH.transpose(0, 2, 3, 1, 4), key_BTKH.swapaxes(1, 2), value_BTKH.swapaxes(1, 2)
+        return query_BTNH, key_BTKH, value_BTKH
 
     def turn(self, x: jax.Array, positions_T: jax.Array | np.ndarray) -> jax.Array:
         """Rotary positions on (B, T, ..., H)."""

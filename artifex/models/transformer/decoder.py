@@ -1,10 +1,11 @@
-"""The dense causal decoder: GPT-2, Llama and what lies between.
+"""The decoder: blocks of attention and feed-forward layers between a token table and an output head.
 
-Dims: B batch, T sequence, D embed, F mlp, V vocab, L layers.
+Dims: B batch, T sequence, D embed, V vocab, L layers of the stack.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -13,72 +14,86 @@ import numpy as np
 from flax import nnx
 
 from artifex.models import layers
-from artifex.models.stack import run_stack, stack
-from artifex.models.transformer.attention import Attention, Cache
+from artifex.models.stack import run_stack, stack, unstack
+from artifex.models.transformer.attention import Attention
 from artifex.models.transformer.config import DecoderConfig
+from artifex.models.transformer.feed_forward import dense
 from artifex.models.transformer.generate import generate
+from artifex.models.transformer.linear_attention import LinearAttention
+from artifex.models.transformer.moe import MoE
+from artifex.models.transformer.norms import stream_norm
 from artifex.scaling import axes
 
 CONSTANT_POSITIONS = 2**15
 
-
-class SwiGLU(nnx.Module):
-    """down(silu(gate(x)) * up(x)). Shazeer 2020 (arXiv:2002.05202)."""
-
-    def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
-        D, F = cfg.embed_dim, cfg.feed_forward
-        self.gate = layers.Linear((D, F), ("embed", "mlp"), bias=cfg.bias, rngs=rngs)
-        self.up = layers.Linear((D, F), ("embed", "mlp"), bias=cfg.bias, rngs=rngs)
-        self.down = layers.Linear((F, D), ("mlp", "embed"), bias=cfg.bias, scale=0.5 / cfg.num_layers, rngs=rngs)
-
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_BTF, up_BTF = layers.fused(x_BTD, self.gate, self.up)
-        return self.down(axes.shard(jax.nn.silu(gate_BTF) * up_BTF, "batch", "sequence", "act_mlp"))
-
-
-class GeluMLP(nnx.Module):
-    """down(gelu(up(x))) with the tanh form of GPT-2. Hendrycks and Gimpel 2016 (arXiv:1606.08415)."""
-
-    def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
-        D, F = cfg.embed_dim, cfg.feed_forward
-        self.up = layers.Linear((D, F), ("embed", "mlp"), bias=cfg.bias, rngs=rngs)
-        self.down = layers.Linear((F, D), ("mlp", "embed"), bias=cfg.bias, scale=0.5 / cfg.num_layers, rngs=rngs)
-
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        h_BTF = axes.shard(jax.nn.gelu(self.up(x_BTD), approximate=True), "batch", "sequence", "act_mlp")
-        return self.down(h_BTF)
-
-
-def norm(cfg: DecoderConfig) -> nnx.Module:
-    """The configured norm over the residual stream."""
-    if cfg.norm == "rmsnorm":
-        return layers.RMSNorm(cfg.embed_dim, eps=cfg.norm_eps)
-    return layers.LayerNorm(cfg.embed_dim, eps=cfg.norm_eps, bias=cfg.bias)
+Aux = dict[str, jax.Array]
+"""What a mixture of experts says of its routing, by name; empty for dense layers."""
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); with post-norms, each branch is normed at its end as well."""
 
-    def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: DecoderConfig, *, window: int | None = None, rngs: nnx.Rngs):
         self.dropout = cfg.dropout
-        self.attention_norm = norm(cfg)
-        self.attention = Attention(cfg, rngs=rngs)
-        self.mlp_norm = norm(cfg)
-        self.mlp = SwiGLU(cfg, rngs=rngs) if cfg.mlp == "swiglu" else GeluMLP(cfg, rngs=rngs)
+        self.attention_norm = stream_norm(cfg)
+        linear = cfg.attention == "linear"
+        self.attention = LinearAttention(cfg, rngs=rngs) if linear else Attention(cfg, window=window, rngs=rngs)
+        self.attention_post_norm = stream_norm(cfg) if cfg.post_norms else None
+        self.mlp_norm = stream_norm(cfg)
+        self.mlp: Any = None if cfg.num_experts else dense(cfg, rngs=rngs)
+        self.moe: Any = MoE(cfg, rngs=rngs) if cfg.num_experts else None
+        self.mlp_post_norm = stream_norm(cfg) if cfg.post_norms else None
 
     def __call__(
         self,
         x_BTD: jax.Array,
         positions_T: jax.Array | np.ndarray,
         key: jax.Array | None = None,
-        cache: Cache | None = None,
+        cache: Any = None,
         start: int | jax.Array = 0,
-    ) -> tuple[jax.Array, Cache | None]:
+        valid: int | jax.Array | None = None,
+    ) -> tuple[jax.Array, Any, Aux]:
+        """The stream after the block, its attention's cache, and what its experts report."""
         keys = (None, None) if key is None else jax.random.split(key)
-        mixed_BTD, cache = self.attention(self.attention_norm(x_BTD), positions_T, cache, start)
-        x_BTD = stream(x_BTD + layers.dropout(mixed_BTD, self.dropout, keys[0]))
-        x_BTD = stream(x_BTD + layers.dropout(self.mlp(self.mlp_norm(x_BTD)), self.dropout, keys[1]))
-        return x_BTD, cache
+        mixed_BTD, cache = self.attention(self.attention_norm(x_BTD), positions_T, cache, start, valid)
+        x_BTD = self.add(x_BTD, mixed_BTD, self.attention_post_norm, keys[0])
+        mixed_BTD, aux = self.feed_forward(self.mlp_norm(x_BTD))
+        return self.add(x_BTD, mixed_BTD, self.mlp_post_norm, keys[1]), cache, aux
+
+    def feed_forward(self, x_BTD: jax.Array) -> tuple[jax.Array, Aux]:
+        """The dense layer, or the mixture of experts and its report."""
+        return self.moe(x_BTD) if self.mlp is None else (self.mlp(x_BTD), {})
+
+    def add(self, x_BTD: jax.Array, branch_BTD: jax.Array, norm: nnx.Module | None, key: jax.Array | None) -> jax.Array:
+        """The stream with a branch's output added."""
+        branch_BTD = branch_BTD if norm is None else norm(branch_BTD)
+        return stream(x_BTD + layers.dropout(branch_BTD, self.dropout, key))
+
+
+class Group(nnx.Module):
+    """Consecutive blocks whose attention reaches differ, repeated as one: `cfg.attention_pattern`."""
+
+    def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
+        windows = [cfg.window if reach == "local" else None for reach in cfg.attention_pattern]
+        self.blocks = nnx.List([Block(cfg, window=window, rngs=rngs) for window in windows])
+
+    def __call__(
+        self, x_BTD: jax.Array, positions_T: jax.Array | np.ndarray, key: jax.Array | None = None
+    ) -> tuple[jax.Array, None, Aux]:
+        """The stream after all blocks, and the means of what their experts report."""
+        keys = [None] * len(self.blocks) if key is None else jax.random.split(key, len(self.blocks))
+        reports = []
+        for block, key in zip(self.blocks, keys, strict=True):
+            x_BTD, _, aux = block(x_BTD, positions_T, key)
+            reports.append(aux)
+        return x_BTD, None, jax.tree.map(lambda *values: sum(values) / len(values), *reports)
+
+
+def repeated(cfg: DecoderConfig, rngs: nnx.Rngs) -> Block | Group:
+    """What the stack repeats: one block, or a group of them where they differ."""
+    if len(cfg.attention_pattern) > 1:
+        return Group(cfg, rngs=rngs)
+    return Block(cfg, window=cfg.window, rngs=rngs)
 
 
 def stream(x_BTD: jax.Array) -> jax.Array:
@@ -94,30 +109,50 @@ class Decoder(nnx.Module):
         self.embed = layers.Embed(cfg.vocab_size, cfg.embed_dim, ("vocab", "embed"), rngs=rngs)
         if cfg.positions == "learned":
             self.positions = layers.Embed(cfg.sequence_length, cfg.embed_dim, ("positions", "embed"), rngs=rngs)
-        self.layers = stack(lambda rngs: Block(cfg, rngs=rngs), cfg.num_layers, rngs)
-        self.norm = norm(cfg)
+        self.layers = stack(lambda rngs: repeated(cfg, rngs), cfg.num_groups, rngs)
+        self.norm = stream_norm(cfg)
         if not cfg.tied_head:
             self.head = layers.Linear((cfg.embed_dim, cfg.vocab_size), ("embed", "vocab"), rngs=rngs)
 
     def __call__(self, tokens_BT: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Logits (B, T, V), float32. Raises `ValueError` for sequences longer than the model's."""
+        return self.logits_and_aux(tokens_BT, rngs)[0]
+
+    def logits_and_aux(self, tokens_BT: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, Aux]:
+        """Logits (B, T, V), and the means over all layers of what their experts report."""
         length = tokens_BT.shape[1]
         self.check_length(length)
         key = rngs.dropout() if rngs is not None and self.cfg.dropout > 0 else None
         # constants of the program, as long as they are small beside it
         positions_T = np.arange(length) if length <= CONSTANT_POSITIONS else jnp.arange(length)
         x_BTD = self.embed_tokens(tokens_BT, positions_T, key)
-        keys_L = None if key is None else jax.random.split(jax.random.fold_in(key, 1), self.cfg.num_layers)
-        x_BTD, _ = run_stack(
-            self.layers, x_BTD, self.cfg.num_layers, lambda block, x, key: (block(x, positions_T, key)[0], None), keys_L
-        )
-        return self.read_out(x_BTD)
+        keys_L = None if key is None else jax.random.split(jax.random.fold_in(key, 1), self.cfg.num_groups)
+        x_BTD, aux_L = self.run_layers(x_BTD, positions_T, keys_L)
+        return self.read_out(x_BTD), jax.tree.map(jnp.mean, aux_L)
+
+    def run_layers(
+        self, x_BTD: jax.Array, positions_T: jax.Array | np.ndarray, keys_L: jax.Array | None = None
+    ) -> tuple[jax.Array, Aux]:
+        """The stream after all layers, and what each reports."""
+
+        def apply(block: Block | Group, x_BTD: jax.Array, key: jax.Array | None) -> tuple[jax.Array, Aux]:
+            x_BTD, _, aux = block(x_BTD, positions_T, key)
+            return x_BTD, aux
+
+        return run_stack(self.layers, x_BTD, self.cfg.num_groups, apply, keys_L)
+
+    def blocks(self) -> list[Block]:
+        """The blocks one by one, in the order in which they run."""
+        repeats: list[Any] = unstack(self.layers, self.cfg.num_groups)
+        return [block for one in repeats for block in (one.blocks if isinstance(one, Group) else [one])]
 
     def embed_tokens(
         self, tokens_BT: jax.Array, positions_T: jax.Array | np.ndarray, key: jax.Array | None = None
     ) -> jax.Array:
         """Token and, where they are learned, position vectors: (B, T, D)."""
         x_BTD = self.embed(tokens_BT)
+        if self.cfg.embed_scale:
+            x_BTD = x_BTD * math.sqrt(self.cfg.embed_dim)
         if self.cfg.positions == "learned":
             x_BTD = x_BTD + self.positions(jnp.asarray(positions_T))[None]
         return stream(layers.dropout(x_BTD, self.cfg.dropout, key))
@@ -126,24 +161,24 @@ class Decoder(nnx.Module):
         """Final norm and output head: float32 logits (B, T, V)."""
         x_BTD = self.norm(x_BTD)
         logits_BTV = self.embed.attend(x_BTD) if self.cfg.tied_head else self.head(x_BTD)
-        return axes.shard(logits_BTV, "batch", "sequence", "act_vocab").astype(jnp.float32)
+        logits_BTV = axes.shard(logits_BTV, "batch", "sequence", "act_vocab").astype(jnp.float32)
+        cap = self.cfg.logit_softcap
+        return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
 
     def loss(self, batch: dict[str, jax.Array], rngs: nnx.Rngs | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean cross entropy in nats per target, and `{"weight": number of targets}`.
 
+        With experts the weighted balance losses are added to it; the metrics then hold the cross entropy as `nats`
+        and what the experts report (`artifex.models.transformer.moe.MoE`).
         `batch`: `tokens` and `targets` (B, T), integers, and optionally `mask` (B, T), 1 where a target counts.
         """
-        logits_BTV, targets_BT = self(batch["tokens"], rngs), batch["targets"]
-        # a comparison, not a gather: it stays local where logits are split over the vocabulary
-        hit_BTV = jnp.arange(logits_BTV.shape[-1])[None, None] == targets_BT[..., None]
-        picked_BT = jnp.sum(jnp.where(hit_BTV, logits_BTV, 0.0), axis=-1)
-        nats_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
-        mask_BT = batch.get("mask")
-        if mask_BT is None:
-            return jnp.mean(nats_BT), {"weight": jnp.float32(nats_BT.size)}
-        mask_BT = mask_BT.astype(jnp.float32)
-        weight = jnp.sum(mask_BT)
-        return jnp.sum(nats_BT * mask_BT) / jnp.maximum(weight, 1.0), {"weight": weight}
+        logits_BTV, aux = self.logits_and_aux(batch["tokens"], rngs)
+        nats, weight = cross_entropy(logits_BTV, batch["targets"], batch.get("mask"))
+        if not aux:
+            return nats, {"weight": weight}
+        cfg = self.cfg
+        balance = cfg.load_balance_weight * aux["load_balance"] + cfg.router_z_weight * aux["router_z"]
+        return nats + balance, aux | {"nats": nats, "weight": weight}
 
     def sample(self, key: jax.Array, **how: Any) -> jax.Array:
         """Continuations of a prompt: see `artifex.models.transformer.generate.generate`."""
@@ -156,3 +191,18 @@ class Decoder(nnx.Module):
                 f"sequence of {length} tokens, but the model's sequence_length is {self.cfg.sequence_length}; "
                 "shorten the input or build the model with a longer one"
             )
+
+
+def cross_entropy(
+    logits_BTV: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Mean of logsumexp(logits) - logit of the target, in nats, over the targets that count, and their number."""
+    # a comparison, not a gather: it stays local where logits are split over the vocabulary
+    hit_BTV = jnp.arange(logits_BTV.shape[-1])[None, None] == targets_BT[..., None]
+    picked_BT = jnp.sum(jnp.where(hit_BTV, logits_BTV, 0.0), axis=-1)
+    nats_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
+    if mask_BT is None:
+        return jnp.mean(nats_BT), jnp.float32(nats_BT.size)
+    mask_BT = mask_BT.astype(jnp.float32)
+    weight = jnp.sum(mask_BT)
+    return jnp.sum(nats_BT * mask_BT) / jnp.maximum(weight, 1.0), weight

@@ -5,15 +5,13 @@ Dims: B batch, P prompt, V vocab.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-
-from artifex.models.stack import unstack
-from artifex.models.transformer.attention import Cache
 
 if TYPE_CHECKING:
     from artifex.models.transformer.decoder import Decoder
@@ -35,10 +33,15 @@ def generate(
 
     `temperature` divides the logits, 0 is greedy; `top_k` keeps the k likeliest tokens; `top_p` in (0, 1] the fewest
     whose probability reaches p (Holtzman et al. 2019, arXiv:1904.09751). Raises `ValueError` for settings out of
-    range, an empty prompt, token ids outside the vocabulary, and more positions than the model has.
+    range, an empty prompt, token ids outside the vocabulary, more positions than the model has, and a model that is
+    not causal. Experts take every token here, whatever their capacity.
     """
+    if not model.cfg.causal:
+        raise ValueError("the decoder has causal=False: it cannot continue a prompt; use masked diffusion to sample")
     prompt = jnp.asarray(prompt)
-    _check(model, prompt, num_tokens, temperature, top_k, top_p)
+    check_request(model.cfg, prompt, num_tokens, temperature, top_k, top_p)
+    if not prompt.size:
+        raise ValueError(f"prompt has shape {prompt.shape}; a continuation needs at least one token")
     length = prompt.shape[1]
     room = min(-(-length // PROMPT_BLOCK) * PROMPT_BLOCK, model.cfg.sequence_length)
     prompt = jnp.pad(prompt.astype(jnp.int32), ((0, 0), (0, room - length)))
@@ -73,30 +76,34 @@ def _generate(
 ) -> jax.Array:
     model: Decoder = nnx.merge(graphdef, params)
     batch, room = prompt_BP.shape
-    blocks = unstack(model.layers, model.cfg.num_layers)
+    blocks = model.blocks()
+    for block in blocks:
+        if block.moe is not None:  # a capacity would be shared with the padding of other prompts
+            block.moe.cfg = dataclasses.replace(model.cfg, capacity_factor=None)
     dtype = model.embed.table[...].dtype
-    caches = [Cache.empty(model.cfg, batch, room + num_tokens - 1, dtype) for _ in blocks]
+    size = (model.cfg, batch, room + num_tokens - 1, dtype)
+    caches = [block.attention.empty_cache(*size) for block in blocks]
 
-    def forward(tokens_BT: jax.Array, caches: list[Cache], start: int | jax.Array, last: int | jax.Array):
-        """Logits (B, V) after token `last` of `tokens_BT`, which stand at positions `start` on, and the caches."""
+    def forward(tokens_BT: jax.Array, caches: list, start: int | jax.Array, valid: int | jax.Array):
+        """Logits (B, V) after the first `valid` of `tokens_BT`, which stand at positions `start` on, and the caches."""
         positions_T = start + jnp.arange(tokens_BT.shape[1])
         x_BTD, filled = model.embed_tokens(tokens_BT, positions_T), []
         for block, cache in zip(blocks, caches, strict=True):
-            x_BTD, cache = block(x_BTD, positions_T, None, cache, start)
+            x_BTD, cache, _ = block(x_BTD, positions_T, None, cache, start, valid)
             filled.append(cache)
-        x_B1D = jax.lax.dynamic_slice_in_dim(x_BTD, last, 1, axis=1)
+        x_B1D = jax.lax.dynamic_slice_in_dim(x_BTD, valid - 1, 1, axis=1)
         return model.read_out(x_B1D)[:, 0], filled
 
     def step(carry: tuple, key: jax.Array) -> tuple[tuple, jax.Array]:
         token_B, caches, position = carry
-        logits_BV, caches = forward(token_B[:, None], caches, position, 0)
+        logits_BV, caches = forward(token_B[:, None], caches, position, 1)
         token_B = pick(logits_BV, key, temperature, top_k, top_p)
         return (token_B, caches, position + 1), token_B
 
     # Rows of the cache between the prompt's end and `room` hold keys of padding: position t overwrites its row
-    # before any query can see it.
+    # before any query can see it. Attention with a state leaves out what is not valid.
     keys = jax.random.split(key, num_tokens)
-    logits_BV, caches = forward(prompt_BP, caches, 0, length - 1)
+    logits_BV, caches = forward(prompt_BP, caches, 0, length)
     first_B = pick(logits_BV, keys[0], temperature, top_k, top_p)
     _, rest_NB = jax.lax.scan(step, (first_B, caches, length), keys[1:])
     return jnp.concatenate([first_B[:, None], rest_NB.T], axis=1)
@@ -120,13 +127,16 @@ def pick(
     return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
 
 
-def _check(
-    model: Decoder, prompt: jax.Array, num_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+def check_request(
+    cfg: Any, prompt: jax.Array, num_tokens: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
-    if prompt.ndim != 2 or prompt.shape[1] < 1 or not jnp.issubdtype(prompt.dtype, jnp.integer):
+    """Raise `ValueError` for settings out of range and for a prompt that is none or does not fit the model.
+
+    `cfg` has a `vocab_size` and a `sequence_length`; the prompt may be empty.
+    """
+    if prompt.ndim != 2 or not jnp.issubdtype(prompt.dtype, jnp.integer):
         raise ValueError(
-            f"prompt has shape {prompt.shape} and dtype {prompt.dtype}; expected integer token ids (batch, length) "
-            "with at least one token"
+            f"prompt has shape {prompt.shape} and dtype {prompt.dtype}; expected integer token ids (batch, length)"
         )
     if num_tokens < 1:
         raise ValueError(f"num_tokens is {num_tokens}; ask for at least 1")
@@ -136,14 +146,12 @@ def _check(
         raise ValueError(f"top_k is {top_k}; expected at least 1, or None for all tokens")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; expected a probability in (0, 1]")
-    low, high = int(prompt.min()), int(prompt.max())
-    if low < 0 or high >= model.cfg.vocab_size:
-        raise ValueError(
-            f"prompt holds token ids {low} to {high}; the model's vocabulary is 0 to {model.cfg.vocab_size - 1}"
-        )
+    low, high = (int(prompt.min()), int(prompt.max())) if prompt.size else (0, 0)
+    if low < 0 or high >= cfg.vocab_size:
+        raise ValueError(f"prompt holds token ids {low} to {high}; the model's vocabulary is 0 to {cfg.vocab_size - 1}")
     total = prompt.shape[1] + num_tokens
-    if total > model.cfg.sequence_length:
+    if total > cfg.sequence_length:
         raise ValueError(
             f"a prompt of {prompt.shape[1]} and {num_tokens} new tokens need {total} positions, the model has "
-            f"{model.cfg.sequence_length}; ask for at most {model.cfg.sequence_length - prompt.shape[1]} new tokens"
+            f"{cfg.sequence_length}; ask for at most {cfg.sequence_length - prompt.shape[1]} new tokens"
         )

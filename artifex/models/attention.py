@@ -1,0 +1,171 @@
+"""softmax(Q K^T) V for every family: causal or not, windowed, soft-capped, by the implementation that fits the device.
+
+Dims: B batch, T queries, S keys, N query heads, K key heads, G = N / K, H head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from artifex.models.stack import current_execution
+from artifex.scaling import axes
+
+Implementation = Literal["tiles", "xla", "cudnn"]
+
+TILE = 64  # queries at least: smaller products run below a CPU's rate
+MOST_TILES = 16  # each one is compiled by itself
+CUDNN_HEAD_DIM = 128  # the most its kernels take before Hopper
+
+
+def dot_product_attention(
+    query_BTNH: jax.Array,
+    key_BSKH: jax.Array,
+    value_BSKH: jax.Array,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """softmax(scale Q K^T) V, (B, T, N, H) in the dtype of `query_BTNH` (Vaswani et al. 2017, arXiv:1706.03762).
+
+    N is a multiple of K: groups of query heads share a key head (Ainslie et al. 2023, arXiv:2305.13245). `causal`
+    hides the keys after each query; `window` leaves it the `window` newest of them, its own among these. `softcap` c
+    bounds scores by c tanh(score / c) (Gemma 2, arXiv:2408.00118). `scale` None is H^-0.5. Weights are float32.
+
+    `implementation_for` says how it is computed, unless `Execution.attention` does. Raises `ValueError` for heads
+    that do not divide, `causal` with T != S, a window without `causal`, and cuDNN where it cannot be.
+    """
+    (_, T, N, H), (S, K) = query_BTNH.shape, key_BSKH.shape[1:3]
+    if N % K:
+        raise ValueError(f"{N} query heads do not divide by {K} key heads; each key head serves as many query heads")
+    if causal and T != S:
+        raise ValueError(f"causal attention has {T} queries and {S} keys; expected as many of each")
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"window {window} with causal={causal}; a window is at least 1 and looks back: set causal")
+    window = None if window is None or window >= S else window
+    how = _implementation(query_BTNH, softcap)
+    if how == "tiles":
+        return _tiles(query_BTNH, key_BSKH, value_BSKH, causal, window, softcap, scale)
+    # float32: JAX's product of bfloat16 has no gradient under strict promotion, and XLA rounds on a TPU anyway
+    dtype = jnp.dtype(jnp.float32) if how == "xla" else query_BTNH.dtype
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        mixed_BTNH = jax.nn.dot_product_attention(
+            query_BTNH.astype(dtype),
+            key_BSKH.astype(dtype),
+            value_BSKH.astype(dtype),
+            scale=H**-0.5 if scale is None else scale,
+            is_causal=causal,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation=how,
+        )
+    return mixed_BTNH.astype(query_BTNH.dtype)
+
+
+def implementation_for(platform: str, dtype: Any, head_dim: int, *, softcap: float | None = None) -> Implementation:
+    """How attention is computed on `platform` ("cpu", "gpu", "tpu"; as `jax.default_backend()` says).
+
+    "cudnn" (flash attention) on a GPU for 16-bit numbers and a `head_dim` up to 128 in steps of 8, else "xla" there
+    and on a TPU. "tiles", which is our own, on a CPU, where it is the fastest, and for a softcap, which the others
+    do not know.
+    """
+    if softcap is not None or platform == "cpu":
+        return "tiles"
+    return "cudnn" if platform in ("gpu", "cuda") and _cudnn_takes(dtype, head_dim) else "xla"
+
+
+def _cudnn_takes(dtype: Any, head_dim: int) -> bool:
+    return jnp.dtype(dtype) in (jnp.float16, jnp.bfloat16) and head_dim <= CUDNN_HEAD_DIM and head_dim % 8 == 0
+
+
+def _implementation(query_BTNH: jax.Array, softcap: float | None) -> Implementation:
+    """The one that the execution at hand asks for, or the device's."""
+    asked, dtype, head_dim = current_execution().attention, query_BTNH.dtype, query_BTNH.shape[-1]
+    if asked == "auto" or softcap is not None:
+        chosen = implementation_for(jax.default_backend(), dtype, head_dim, softcap=softcap)
+        # cuDNN's kernel needs every sequence whole
+        return "xla" if chosen == "cudnn" and axes.activation_axes("sequence", query_BTNH.shape[1]) else chosen
+    if asked == "cudnn" and not _cudnn_takes(dtype, head_dim):
+        raise ValueError(
+            f"attention 'cudnn' takes float16 or bfloat16 and a head_dim up to {CUDNN_HEAD_DIM} in steps of 8, got "
+            f"{dtype} and {head_dim}; compute in bfloat16, or set attention to 'auto'"
+        )
+    return asked
+
+
+def _tiles(
+    query_BTNH: jax.Array,
+    key_BSKH: jax.Array,
+    value_BSKH: jax.Array,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float | None,
+) -> jax.Array:
+    """By tiles of queries, each with the keys from the start of its first query's window to its own end.
+
+    Without a window four tiles do without three eighths of the scores. All keys at once where attention is not causal.
+    """
+    (B, T, N, H), K = query_BTNH.shape, key_BSKH.shape[2]
+    query_BKGTH = query_BTNH.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4)
+    key_BKSH, value_BKSH = key_BSKH.swapaxes(1, 2), value_BSKH.swapaxes(1, 2)
+    if not causal:
+        mixed_BKGTH = attend(query_BKGTH, key_BKSH, value_BKSH, softcap=softcap, scale=scale)
+        return mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    quarter = -(-T // 4)
+    tile = max(TILE, quarter if window is None else max(min(window, quarter), -(-T // MOST_TILES)))
+    if axes.activation_axes("sequence", T):
+        tile = T  # where the sequence is split over a mesh, a tile would be a part of it
+    mixed = []
+    for begin in range(0, T, tile):
+        end = min(begin + tile, T)
+        first = 0 if window is None else max(begin - window + 1, 0) // tile * tile
+        seen_TS = seen(np.arange(begin, end), np.arange(first, end), window)
+        keys_BKSH, values_BKSH = key_BKSH[:, :, first:end], value_BKSH[:, :, first:end]
+        mixed.append(
+            attend(query_BKGTH[:, :, :, begin:end], keys_BKSH, values_BKSH, seen_TS, softcap=softcap, scale=scale)
+        )
+    return jnp.concatenate(mixed, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def seen(
+    query_T: jax.Array | np.ndarray, key_S: jax.Array | np.ndarray, window: int | None = None
+) -> jax.Array | np.ndarray:
+    """(T, S): whether the key at position s is at or before the query's, and one of the `window` newest there."""
+    seen_TS = key_S[None, :] <= query_T[:, None]
+    return seen_TS if window is None else seen_TS & (key_S[None, :] > query_T[:, None] - window)
+
+
+def attend(
+    query_BKGTH: jax.Array,
+    key_BKSH: jax.Array,
+    value_BKSH: jax.Array,
+    seen_TS: jax.Array | np.ndarray | None = None,
+    *,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """softmax(scale Q K^T) V over the keys that each query has `seen` (None: all): (B, K, G, T, H).
+
+    Weights are float32.
+    """
+    B, K, G, T, H = query_BKGTH.shape
+    scaled_BKGTH = query_BKGTH * (H**-0.5 if scale is None else scale)
+    query_BKRH = scaled_BKGTH.reshape(B, K, G * T, H)  # R: the queries of all heads that share a key head
+    scores_BKRS = jnp.einsum("BKRH,BKSH->BKRS", query_BKRH, key_BKSH, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        scores_BKRS = softcap * jnp.tanh(scores_BKRS / softcap)
+    if seen_TS is not None:
+        # added, not selected: a selection has another one as its gradient
+        hidden_TS = jnp.where(seen_TS, 0.0, -1e30)
+        scores_BKRS = scores_BKRS + jnp.tile(hidden_TS, (G, 1))[None, None]
+    top_BKR1 = jax.lax.stop_gradient(jnp.max(scores_BKRS, axis=-1, keepdims=True))
+    weights_BKRS = jnp.exp(scores_BKRS - top_BKR1)
+    mixed_BKRH = jnp.einsum("BKRS,BKSH->BKRH", weights_BKRS.astype(value_BKSH.dtype), value_BKSH)
+    # divided after the product: H numbers a query instead of S
+    mixed_BKRH = mixed_BKRH / jnp.sum(weights_BKRS, axis=-1, keepdims=True).astype(mixed_BKRH.dtype)
+    return mixed_BKRH.reshape(B, K, G, T, H)

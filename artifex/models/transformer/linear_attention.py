@@ -1,0 +1,169 @@
+"""Causal linear attention with a decay per head: a state of fixed size in place of keys and values.
+
+Dims: B batch, T sequence, D embed, N query heads, K key heads, G = N / K, H head_dim (V: of values), L chunks of C
+positions, R = G * C.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from artifex.models import layers
+from artifex.models.transformer.config import DecoderConfig
+from artifex.scaling import axes
+
+CHUNK = 64  # positions that see each other by scores; longer ones grow quadratically, shorter ones make more states
+
+
+class State(NamedTuple):
+    """The sum of key-value products of the positions seen so far, each decayed by its age, in float32."""
+
+    sum_BKHV: jax.Array
+
+
+class LinearAttention(nnx.Module):
+    """rms(sum over s <= t of decay^(t - s) (R_t f(q_t) . R_s f(k_s)) v_s), with f = elu + 1 of Katharopoulos et al. 2020
+    (arXiv:2006.16236), the decay a constant of the head (Sun et al. 2023, arXiv:2307.08621), R the rotary turn of a
+    position, and rms, over each head without a scale, in place of the sum of the weights (Qin et al. 2022,
+    arXiv:2210.10340, equation 16): that sum may come near 0, and its gradients are unbounded.
+
+    The parameters are those of softmax attention. The cost of a token does not grow with the tokens before it.
+    """
+
+    def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        query, key = (cfg.embed_dim, cfg.num_heads, cfg.per_head), (cfg.embed_dim, cfg.kv_heads, cfg.per_head)
+        self.query = layers.Linear(query, ("embed", "heads", "head_dim"), bias=cfg.bias, rngs=rngs)
+        self.key = layers.Linear(key, ("embed", "kv_heads", "head_dim"), bias=cfg.bias, rngs=rngs)
+        self.value = layers.Linear(key, ("embed", "kv_heads", "head_dim"), bias=cfg.bias, rngs=rngs)
+        self.out = layers.Linear(
+            (cfg.num_heads, cfg.per_head, cfg.embed_dim),
+            ("heads", "head_dim", "embed"),
+            inputs=2,
+            bias=cfg.bias,
+            scale=0.5 / cfg.num_layers,
+            rngs=rngs,
+        )
+
+    @staticmethod
+    def empty_cache(cfg: DecoderConfig, batch: int, length: int, dtype: jnp.dtype) -> State:
+        """The state before the first position; of the same size and dtype whatever `length` and `dtype` are."""
+        return State(jnp.zeros((batch, cfg.kv_heads, cfg.per_head, cfg.per_head), jnp.float32))
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        positions_T: jax.Array | np.ndarray,
+        cache: State | None = None,
+        start: int | jax.Array = 0,
+        valid: int | jax.Array | None = None,
+    ) -> tuple[jax.Array, State | None]:
+        """Attend within x, or, with a cache, go on from its state.
+
+        The first `valid` positions of x, all if None, enter the new state; what follows is padding, which a state,
+        unlike rows of a cache, could not overwrite later. Where x stands, `positions_T` says: `start` is not needed.
+        """
+        query_BTNH, key_BTKH, value_BTKH = self.project(x_BTD, positions_T)
+        query_BTKGH = query_BTNH.reshape(*key_BTKH.shape[:3], -1, self.cfg.per_head)
+        mixed_BKGTH, state = chunked(
+            query_BTKGH.transpose(0, 2, 3, 1, 4),
+            key_BTKH.swapaxes(1, 2),
+            value_BTKH.swapaxes(1, 2),
+            decays(self.cfg.kv_heads),
+            cache,
+            valid,
+        )
+        mixed_BKGTH = mixed_BKGTH * jax.lax.rsqrt(jnp.mean(jnp.square(mixed_BKGTH), axis=-1, keepdims=True) + 1e-5)
+        mixed_BTNH = mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(query_BTNH.shape).astype(x_BTD.dtype)
+        y_BTD = self.out(axes.shard(mixed_BTNH, "batch", "sequence", "act_heads", None))
+        return y_BTD, None if cache is None else state
+
+    def project(self, x_BTD: jax.Array, positions_T: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries (B, T, N, H) and keys (B, T, K, H), mapped by f and turned if the model is rotary, and values."""
+        query_BTNH, key_BTKH, value_BTKH = layers.fused(x_BTD, self.query, self.key, self.value)
+        query_BTNH = axes.shard(query_BTNH, "batch", "sequence", "act_heads", None)
+        key_BTKH = axes.shard(key_BTKH, "batch", "sequence", "act_kv_heads", None)
+        value_BTKH = axes.shard(value_BTKH, "batch", "sequence", "act_kv_heads", None)
+        query_BTNH, key_BTKH = jax.nn.elu(query_BTNH) + 1, jax.nn.elu(key_BTKH) + 1
+        if self.cfg.positions == "rope":
+            frequencies = layers.rope_frequencies(
+                self.cfg.per_head, self.cfg.rope_theta, self.cfg.rope_scaling_factor, self.cfg.rope_original_length
+            )
+            query_BTNH = layers.rope(query_BTNH, positions_T, frequencies)
+            key_BTKH = layers.rope(key_BTKH, positions_T, frequencies)
+        return query_BTNH, key_BTKH * self.cfg.per_head**-0.5, value_BTKH
+
+
+def decays(heads: int) -> np.ndarray:
+    """What is left of a head's state after one position, (K,): 1 - 2^-e with e from 2 to 7 over the heads.
+
+    A spread of memories, from 4 positions to 128, as the exponents 5 to 5 + K of Sun et al. 2023 (arXiv:2307.08621,
+    equation 8), set for shorter texts.
+    """
+    return 1 - 2.0 ** -np.linspace(2, 7, heads)
+
+
+def chunked(
+    query_BKGTH: jax.Array,
+    key_BKTH: jax.Array,
+    value_BKTV: jax.Array,
+    decay_K: np.ndarray,
+    state: State | None = None,
+    valid: int | jax.Array | None = None,
+) -> tuple[jax.Array, State]:
+    """y_t = sum over s <= t of decay^(t - s) (q_t . k_s) v_s, (B, K, G, T, V) in float32, and the state after it.
+
+    Within a chunk by scores, between chunks by the state S <- decay^C S + sum over the chunk of decay^(C - 1 - s)
+    k_s v_s^T. `state` is that of the positions before; of the T positions the first `valid` enter the new one.
+    """
+    B, K, G, T, H = query_BKGTH.shape
+    C = min(CHUNK, T)
+    L = -(-T // C)
+    query_BKGLCH = _split(query_BKGTH, L, C)
+    query_BKLRH = query_BKGLCH.swapaxes(2, 3).reshape(B, K, L, G * C, H)
+    key_BKLCH, value_BKLCV = _split(key_BKTH, L, C), _split(value_BKTV, L, C)
+    log_K, ages = np.log(decay_K), np.arange(C)
+    # within chunks
+    age_CC = ages[:, None] - ages[None]
+    kept_KCC = np.where(age_CC >= 0, np.exp(log_K[:, None, None] * np.maximum(age_CC, 0)), 0).astype(np.float32)
+    scores_BKLRC = jnp.einsum("BKLRH,BKLCH->BKLRC", query_BKLRH, key_BKLCH, preferred_element_type=jnp.float32)
+    scores_BKLRC = scores_BKLRC * np.tile(kept_KCC, (1, G, 1))[None, :, None]
+    within_BKLRV = jnp.einsum(
+        "BKLRC,BKLCV->BKLRV", scores_BKLRC.astype(value_BKLCV.dtype), value_BKLCV, preferred_element_type=jnp.float32
+    )
+    # between chunks
+    count_L = jnp.clip((T if valid is None else valid) - C * np.arange(L), 0, C)
+    left_LC = count_L[:, None] - 1 - ages[None]  # positions that follow in the chunk; none for padding
+    weight_KLC = jnp.where(
+        left_LC >= 0, jnp.exp(_per_head(log_K, 2) * jnp.maximum(left_LC, 0).astype(jnp.float32)[None]), 0.0
+    )
+    weighted_BKLCH = key_BKLCH.astype(jnp.float32) * weight_KLC[None, ..., None]
+    added_BKLHV = jnp.einsum("BKLCH,BKLCV->BKLHV", weighted_BKLCH, value_BKLCV.astype(jnp.float32))
+    faded_KL = jnp.exp(_per_head(log_K, 1) * count_L.astype(jnp.float32)[None])
+    first_BKHV = jnp.zeros_like(added_BKLHV[:, :, 0]) if state is None else state.sum_BKHV
+
+    def step(sum_BKHV: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        added_BKHV, faded_K = chunk
+        return sum_BKHV * faded_K[None, :, None, None] + added_BKHV, sum_BKHV
+
+    last_BKHV, before_LBKHV = jax.lax.scan(step, first_BKHV, (jnp.moveaxis(added_BKLHV, 2, 0), faded_KL.T))
+    reach_KR = np.tile(np.exp(log_K[:, None] * (ages + 1)), (1, G)).astype(np.float32)
+    reaching_BKLRH = query_BKLRH.astype(jnp.float32) * reach_KR[None, :, None, :, None]
+    across_BKLRV = jnp.einsum("BKLRH,LBKHV->BKLRV", reaching_BKLRH, before_LBKHV)
+    mixed_BKLGCV = (within_BKLRV + across_BKLRV).reshape(B, K, L, G, C, -1)
+    return mixed_BKLGCV.swapaxes(2, 3).reshape(B, K, G, L * C, -1)[:, :, :, :T], State(last_BKHV)
+
+
+def _split(x: jax.Array, L: int, C: int) -> jax.Array:
+    """(..., T, H) padded with zeros and cut into chunks: (..., L, C, H)."""
+    *lead, T, H = x.shape
+    return jnp.pad(x, ((0, 0),) * len(lead) + ((0, L * C - T), (0, 0))).reshape(*lead, L, C, H)
+
+
+def _per_head(log_K: np.ndarray, dims: int) -> np.ndarray:
+    return log_K.astype(np.float32).reshape(-1, *(1,) * dims)

@@ -1,0 +1,225 @@
+"""The convolutional VAE and beta-VAE, with likelihoods that are probabilities of the data's discrete levels.
+
+Kingma and Welling 2013 (arXiv:1312.6114), Higgins et al. 2017 ("beta-VAE"): the loss is
+-log p(x|z) + beta KL(q(z|x) || N(0, 1)) in nats to an image, z drawn from q = N(mean, exp(logvar)).
+
+Dims: B batch, H height, W width, C channels, Z latent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.scipy.special import log_ndtr
+
+from artifex.models.convolution import Conv, UpConv, image
+from artifex.models.layers import Linear, parameter
+from artifex.models.resnet import ResnetBlock
+from artifex.models.vae.config import VAEConfig
+
+LOGVAR_RANGE = (-30.0, 20.0)  # of a posterior, so that its exponential stays finite
+
+
+def gaussian_kl(mean: jax.Array, logvar: jax.Array) -> jax.Array:
+    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, summed over all dims but the first: (B,). arXiv:1312.6114, (10)."""
+    each = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar)
+    return jnp.sum(each, axis=tuple(range(1, mean.ndim)))
+
+
+def discretized_gaussian(
+    x: jax.Array, mean: jax.Array, std: jax.Array, *, levels: int, low: float = -1.0, high: float = 1.0
+) -> jax.Array:
+    """log of the probability that N(mean, std) gives the bin of `x`, one of `levels` values evenly from low to high.
+
+    The bin is (high - low) / (levels - 1) wide with `x` in its middle; the lowest and the highest are open, so that
+    all probabilities sum to 1. Shapes broadcast by JAX's rules; float32, with gradients at any distance.
+    """
+    half = 0.5 * (high - low) / (levels - 1)
+    lowest, highest = x < low + half, x > high - half
+    c, d = jnp.abs(x - mean) / std, half / std
+    # By symmetry the bin lies below the mean, from -c - d to -c + d, unless it is open and holds the mean.
+    holds_mean = (lowest & (mean < x)) | (highest & (mean > x))
+    upper, lower = log_ndtr(jnp.where(holds_mean, c, -c) + d), log_ndtr(-c - d)
+    closed = upper + jnp.log1p(-jnp.exp(jnp.minimum(lower - upper, -1e-6)))
+    # A difference of almost equal float32 probabilities says nothing; the density in the middle does.
+    density = jnp.log(2 * d) - 0.5 * (jnp.square(c) + math.log(2 * math.pi))
+    closed = jnp.where(d * jnp.maximum(c, 1) < 0.01, density, closed)
+    return jnp.where(lowest | highest, upper, closed)
+
+
+def image_weights(batch: Mapping[str, jax.Array]) -> jax.Array:
+    """(B,): 1 for each image, 0 for a row that only fills up the batch."""
+    mask = batch.get("mask")
+    return jnp.ones(batch["image"].shape[0]) if mask is None else mask.astype(jnp.float32)
+
+
+def weighted_mean(values_B: jax.Array, weights_B: jax.Array) -> jax.Array:
+    """The mean of `values_B` over the rows whose weight is not 0."""
+    return jnp.sum(jnp.where(weights_B > 0, values_B, 0.0) * weights_B) / jnp.maximum(jnp.sum(weights_B), 1)
+
+
+class ConvEncoder(nnx.Module):
+    """Convolutions of window 4 and stride 2, then residual blocks: (B, H, W, C) -> (B, H / 2^n, W / 2^n, last)."""
+
+    def __init__(self, channels: int, widths: Sequence[int], residual_blocks: int, groups: int, *, rngs: nnx.Rngs):
+        sizes = list(zip((channels, *widths[:-1]), widths, strict=True))
+        self.convs = nnx.List([Conv(i, o, 4, stride=2, padding=(1, 1), scale=2.0, rngs=rngs) for i, o in sizes])
+        self.blocks = nnx.List(
+            [ResnetBlock(widths[-1], widths[-1], groups=groups, rngs=rngs) for _ in range(residual_blocks)]
+        )
+
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        h = x_BHWC.astype(self.convs[0].kernel[...].dtype)
+        for conv in self.convs:
+            h = image(nnx.silu(conv(h)))
+        for block in self.blocks:
+            h = block(h)
+        return h
+
+
+class ConvDecoder(nnx.Module):
+    """Residual blocks, then transposed convolutions of stride 2: (B, H, W, last) -> (B, 2^n H, 2^n W, channels)."""
+
+    def __init__(self, channels: int, widths: Sequence[int], residual_blocks: int, groups: int, *, rngs: nnx.Rngs):
+        self.blocks = nnx.List(
+            [ResnetBlock(widths[-1], widths[-1], groups=groups, rngs=rngs) for _ in range(residual_blocks)]
+        )
+        sizes = list(zip(widths[::-1], (*widths[-2::-1], channels), strict=True))
+        self.convs = nnx.List([UpConv(i, o, rngs=rngs) for i, o in sizes])
+
+    def __call__(self, h_BHWC: jax.Array) -> jax.Array:
+        for block in self.blocks:
+            h_BHWC = block(h_BHWC)
+        for conv in self.convs:
+            h_BHWC = image(conv(nnx.silu(h_BHWC)))
+        return h_BHWC
+
+
+class Gaussian(nnx.Module):
+    """Pixels of `levels` values, each from a Gaussian around the decoder's output; its deviation is `std`, or learned.
+
+    A learned one is shared by all pixels of a channel: Rybkin et al. 2021 (arXiv:2006.13202).
+    """
+
+    def __init__(self, channels: int, levels: int, std: float | None):
+        self.levels, self.fixed = levels, std
+        # exp(-1), about a third of the range, is near what a blurred mean image misses
+        self.log_std = parameter(jnp.full(channels, -1.0), "conv_out") if std is None else None
+
+    def log_probability(self, x_BHWC: jax.Array, y_BHWC: jax.Array) -> jax.Array:
+        """log p(x | decoder output y) in nats, (B,)."""
+        learned = self.log_std
+        std = jnp.float32(self.fixed) if learned is None else jnp.exp(learned[...].astype(jnp.float32))
+        std = jnp.broadcast_to(std, x_BHWC.shape[-1:])[None, None, None]
+        return jnp.sum(discretized_gaussian(x_BHWC, y_BHWC, std, levels=self.levels), axis=(1, 2, 3))
+
+    def mean(self, y_BHWC: jax.Array) -> jax.Array:
+        """The expected image."""
+        return y_BHWC
+
+
+class Bernoulli(nnx.Module):
+    """Pixels that are -1 or 1, the decoder's output the log-odds of 1.
+
+    A pixel x between them counts as (x + 1) / 2 of a 1; the bound then is a score, no probability.
+    """
+
+    def log_probability(self, x_BHWC: jax.Array, y_BHWC: jax.Array) -> jax.Array:
+        """log p(x | decoder output y) in nats, (B,)."""
+        return jnp.sum(0.5 * (x_BHWC + 1) * y_BHWC - nnx.softplus(y_BHWC), axis=(1, 2, 3))
+
+    def mean(self, y_BHWC: jax.Array) -> jax.Array:
+        """The expected image."""
+        return 2 * nnx.sigmoid(y_BHWC) - 1
+
+
+class VAE(nnx.Module):
+    """An image as one vector of `latent_dim` numbers, Gaussian given the image."""
+
+    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        sizes = (cfg.channels, cfg.block_channels, cfg.residual_blocks, cfg.groups)
+        self.encoder = ConvEncoder(*sizes, rngs=rngs)
+        side, width = cfg.image_size >> len(cfg.block_channels), cfg.block_channels[-1]
+        grid, names = (side, side, width), ("kernel", "kernel", "conv_in")
+        self.mean = Linear((*grid, cfg.latent_dim), (*names, "latent"), inputs=3, bias=True, rngs=rngs)
+        self.logvar = Linear((*grid, cfg.latent_dim), (*names, "latent"), inputs=3, bias=True, rngs=rngs)
+        names = ("kernel", "kernel", "conv_out")
+        self.expand = Linear((cfg.latent_dim, *grid), ("latent", *names), bias=True, rngs=rngs)
+        self.decoder = ConvDecoder(*sizes, rngs=rngs)
+        self.likelihood = (
+            Gaussian(cfg.channels, cfg.levels, cfg.gaussian_std) if cfg.likelihood == "gaussian" else Bernoulli()
+        )
+
+    def encode(self, x_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and log-variance of q(z|x), each (B, Z) float32."""
+        h = self.encoder(x_BHWC)
+        mean, logvar = self.mean(h).astype(jnp.float32), self.logvar(h).astype(jnp.float32)
+        return mean, jnp.clip(logvar, *LOGVAR_RANGE)
+
+    def decode(self, z_BZ: jax.Array) -> jax.Array:
+        """The expected image for latents (B, Z): (B, H, W, C) float32, not clipped."""
+        return self.likelihood.mean(self._outputs(z_BZ))
+
+    def _outputs(self, z_BZ: jax.Array) -> jax.Array:
+        h = self.expand(z_BZ.astype(self.expand.kernel[...].dtype))
+        return self.decoder(h).astype(jnp.float32)
+
+    def loss(self, batch: Mapping[str, jax.Array], rngs: nnx.Rngs | None = None) -> tuple[jax.Array, dict]:
+        """Nats to an image, with the KL divergence times `beta`; `nats` and `bits_per_dim` are the bound, beta 1.
+
+        Without `rngs` the noise is that of a fixed key.
+        """
+        x_BHWC, weights_B = batch["image"], image_weights(batch)
+        mean, logvar = self.encode(x_BHWC)
+        noise = jax.random.normal(jax.random.key(0) if rngs is None else rngs.noise(), mean.shape)
+        outputs = self._outputs(mean + jnp.exp(0.5 * logvar) * noise)
+        reconstruction = -weighted_mean(self.likelihood.log_probability(x_BHWC, outputs), weights_B)
+        kl = weighted_mean(gaussian_kl(mean, logvar), weights_B)
+        nats = reconstruction + kl
+        values = math.prod(x_BHWC.shape[1:])
+        metrics = {
+            "weight": jnp.sum(weights_B),
+            "nats": nats,
+            "bits_per_dim": nats / (values * math.log(2)),
+            "kl": kl,
+            "reconstruction": reconstruction,
+        }
+        return reconstruction + self.cfg.beta * kl, metrics
+
+    def reconstruct(self, x_BHWC: jax.Array) -> jax.Array:
+        """The image of the posterior's mean, in [-1, 1]."""
+        return _reconstruct(self, x_BHWC)
+
+    def sample(self, key: jax.Array, *, count: int, labels: jax.Array | None = None) -> jax.Array:
+        """`count` expected images of latents from N(0, 1), (count, H, W, C) in [-1, 1]. There are no labels to take."""
+        refuse_labels(labels)
+        return _decode(self, jax.random.normal(key, (count, self.cfg.latent_dim)))
+
+    def interpolate(self, a_HWC: jax.Array, b_HWC: jax.Array, steps: int) -> jax.Array:
+        """Images of `steps` latents on the line from one image's mean to another's, ends included: (steps, H, W, C)."""
+        if steps < 2:
+            raise ValueError(f"steps is {steps}; an interpolation has at least its 2 ends")
+        a_Z, b_Z = self.encode(jnp.stack([a_HWC, b_HWC]))[0]
+        part = jnp.linspace(0, 1, steps)[:, None]
+        return _decode(self, (1 - part) * a_Z[None] + part * b_Z[None])
+
+
+def refuse_labels(labels: jax.Array | None) -> None:
+    """Raise `ValueError` where a model without classes is asked for some."""
+    if labels is not None:
+        raise ValueError("labels given, but an autoencoder draws images of no particular class; leave them out")
+
+
+@nnx.jit
+def _decode(model: VAE, z_BZ: jax.Array) -> jax.Array:
+    return jnp.clip(model.decode(z_BZ), -1, 1)
+
+
+@nnx.jit
+def _reconstruct(model: VAE, x_BHWC: jax.Array) -> jax.Array:
+    return jnp.clip(model.decode(model.encode(x_BHWC)[0]), -1, 1)

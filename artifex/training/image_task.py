@@ -1,0 +1,161 @@
+"""Learning from images: batches of pictures, grids to look at, and a score of what was drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from artifex.config import Config
+from artifex.data.image_batches import ImageBatches, all_images, image_validation_batches
+from artifex.data.images import ImageCorpus, load_images
+from artifex.evaluation.grids import pairs_grid, save_grid
+from artifex.training.run_folder import RunFolder
+from artifex.training.task import Batch, Metrics, Score
+
+COLUMNS = 10  # of a grid
+DRAW = 250  # images drawn at once for a score
+NEIGHBOURS = 50_000  # training images that are looked through for the nearest
+PAIRS = 20  # images beside their reconstruction or nearest neighbour
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTask:
+    """A set of pictures for a model of images."""
+
+    config: Config
+    corpus: ImageCorpus
+    noun: str = "images"
+
+    @classmethod
+    def open(cls, config: Config) -> ImageTask:
+        """Read the configured images. Raises `ValueError` where their labels or values are not the model's."""
+        spec = config.model.spec()
+        corpus = load_images(
+            config.data.source,
+            image_size=spec.image_size,
+            channels=spec.channels,
+            validation_fraction=config.data.validation_fraction,
+            corrupt=config.data.corrupt,
+        )
+        if spec.num_classes and corpus.num_classes != spec.num_classes:
+            raise ValueError(
+                f"{config.model.name!r} is made for {spec.num_classes} classes, but {corpus.source} has "
+                f"{corpus.num_classes or 'no labels'}; set model.network.num_classes={corpus.num_classes}"
+            )
+        levels = getattr(spec, "levels", corpus.levels)
+        if levels != corpus.levels:
+            raise ValueError(
+                f"model.levels is {levels}, but a channel of {corpus.source} has {corpus.levels} values; set "
+                f"model.levels={corpus.levels}"
+            )
+        return cls(config, corpus)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the images and labels."""
+        return self.corpus.fingerprint
+
+    @property
+    def source(self) -> str:
+        """As configured."""
+        return self.corpus.source
+
+    @property
+    def per_step(self) -> int:
+        """Images of one step."""
+        return self.config.training.batch_size
+
+    def describe(self) -> str:
+        """One line on the images."""
+        return self.corpus.describe()
+
+    def batches(self, start: int) -> Any:
+        """Every image once an epoch, in the order of (seed, step), augmented as configured."""
+        return ImageBatches(
+            self.corpus,
+            batch_size=self.config.training.batch_size,
+            seed=self.config.training.seed,
+            flip=self.config.data.flip,
+            crop=self.config.data.crop,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ).stream(start)
+
+    def validation(self) -> Iterator[Batch]:
+        """Held-out images."""
+        return image_validation_batches(
+            self.corpus,
+            batch_size=self.config.training.batch_size,
+            count=self.config.training.validation_batches,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def score(self, metrics: Metrics) -> Score:
+        """Bits per dim where the model has a likelihood, else its loss."""
+        field = "bits_per_dim" if "bits_per_dim" in metrics else "loss"
+        return Score(field, 1.0, field.replace("_", " "))
+
+    def save_beside(self, folder: Path) -> None:
+        """Nothing: images need no tokenizer."""
+
+    def look(self, model: Any, folder: RunFolder, step: int) -> None:
+        """A grid of samples, sorted by class where there are classes; of an autoencoder its reconstructions as well."""
+        count = self.config.training.sample_images
+        if not count:
+            return
+        labels = self._labels(model, count)
+        order = slice(None) if labels is None else np.argsort(labels, kind="stable")
+        images = self._draw(model, count, self.config.training.seed)[0]
+        save_grid(images[order], folder.sample(step, ".png"), columns=COLUMNS)
+        if hasattr(model, "reconstruct"):
+            originals = next(self.validation())["image"][:PAIRS]
+            save = folder.sample(step, "-reconstructions.png")
+            pairs_grid(originals, np.asarray(model.reconstruct(originals)), save, columns=COLUMNS)
+
+    def conclude(self, model: Any, folder: RunFolder, step: int) -> tuple[Metrics, list[str]]:
+        """`final.png`: reconstructions, or samples above their nearest training images; and scores where labels are."""
+        lines, scores = [f"sample from it:  python -m artifex.sample {folder.path} --out samples.png"], {}
+        if self.config.training.sample_images:
+            self._final(model, folder.samples / "final.png")
+        if self.config.training.score_images and self.corpus.num_classes:
+            scores = self._scores(model)
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+            lines.insert(0, f"{self.config.training.score_images} samples: {shown}")
+        return scores, lines
+
+    def _final(self, model: Any, path: Path) -> None:
+        from artifex.evaluation.frechet import nearest_neighbours
+
+        if hasattr(model, "reconstruct"):
+            images = next(self.validation())["image"][:PAIRS]
+            pairs_grid(images, np.asarray(model.reconstruct(images)), path, columns=COLUMNS)
+            return
+        images, _ = self._draw(model, PAIRS, self.config.training.seed)
+        known, _ = all_images(self.corpus.train, self.corpus.levels, most=NEIGHBOURS)
+        pairs_grid(images, known[nearest_neighbours(images, known)], path, columns=COLUMNS)
+
+    def _scores(self, model: Any) -> dict[str, float]:
+        from artifex.evaluation.frechet import score_samples
+
+        count, parts, labels = self.config.training.score_images, [], []
+        for index, begin in enumerate(range(0, count, DRAW)):  # one shape, so that one program is compiled
+            drawn, its = self._draw(model, DRAW, self.config.training.seed + 1 + index)
+            parts.append(drawn[: count - begin])
+            labels.append(None if its is None else its[: count - begin])
+        known = None if labels[0] is None else np.concatenate(labels)
+        return score_samples(self.corpus, np.concatenate(parts), known)
+
+    def _labels(self, model: Any, count: int) -> np.ndarray | None:
+        classes = model.cfg.num_classes
+        return np.arange(count, dtype=np.int32) % classes if classes else None
+
+    def _draw(self, model: Any, count: int, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+        labels = self._labels(model, count)
+        how = {} if labels is None else {"labels": labels}
+        return np.asarray(model.sample(jax.random.key(seed), count=count, **how)), labels

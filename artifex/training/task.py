@@ -1,0 +1,92 @@
+"""What a run learns from and how its progress is looked at: everything in which text and images differ."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from artifex.config import Config
+    from artifex.training.run_folder import RunFolder
+
+Batch = dict[str, "np.ndarray"]
+Metrics = Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """The number a run is judged by: the metric `field` times `scale`, in `unit`."""
+
+    field: str
+    scale: float
+    unit: str
+
+    @property
+    def key(self) -> str:
+        """The name under which metrics.jsonl holds it."""
+        return self.unit.replace(" ", "_")
+
+
+class Task(Protocol):
+    """A data set opened for a configuration.
+
+    `noun` is what a step counts, "tokens" or "images", `per_step` how many of them; `fingerprint` identifies the data.
+    Batches hold this process's rows.
+    """
+
+    noun: str
+    per_step: int
+    fingerprint: str
+    source: str
+
+    def describe(self) -> str:
+        """One line on what there is to learn from."""
+        ...
+
+    def batches(self, start: int) -> Any:
+        """An iterator, with `close()`, over the training batches from step `start` on."""
+        ...
+
+    def validation(self) -> Iterator[Batch]:
+        """The same held-out batches at each call."""
+        ...
+
+    def score(self, metrics: Metrics) -> Score:
+        """What to show of a model that reports these metrics."""
+        ...
+
+    def save_beside(self, folder: Any) -> None:
+        """Write to `folder` what samples from its weights need besides them."""
+        ...
+
+    def look(self, model: Any, folder: RunFolder, step: int) -> None:
+        """Write what the model makes at `step` to the run's samples, the same draw each time."""
+        ...
+
+    def conclude(self, model: Any, folder: RunFolder, step: int) -> tuple[Metrics, list[str]]:
+        """The last look: scores of the samples, for metrics.jsonl, and lines for the user."""
+        ...
+
+
+def open_task(config: Config, folder: RunFolder) -> Task:
+    """Read the data that the configured model learns from. Raises `ValueError` where it does not fit the model."""
+    if config.model.reads == "text":
+        from artifex.training.text_task import TextTask
+
+        return TextTask.open(config, folder)
+    from artifex.training.image_task import ImageTask
+
+    return ImageTask.open(config)
+
+
+def batch_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of each array of the global batch of `config`; reads no data."""
+    rows, spec = config.training.batch_size, config.model.spec()
+    if config.model.reads == "text":
+        shape = (rows, config.data.sequence_length)
+        return {"tokens": (shape, "int32"), "targets": (shape, "int32")}
+    image = ((rows, spec.image_size, spec.image_size, spec.channels), "float32")
+    return {"image": image} | ({"label": ((rows,), "int32")} if spec.num_classes else {})

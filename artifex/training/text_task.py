@@ -1,0 +1,119 @@
+"""Learning from text: windows of tokens, bits per byte, a continued prompt to look at."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from artifex.config import Config
+from artifex.data.batches import Batches, validation_batches
+from artifex.data.text import TextCorpus, load_text
+from artifex.data.tokenizers import save_tokenizer
+from artifex.training.run_folder import RunFolder
+from artifex.training.task import Batch, Metrics, Score
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTask:
+    """A corpus for a model of tokens."""
+
+    config: Config
+    corpus: TextCorpus
+    noun: str = "tokens"
+
+    @classmethod
+    def open(cls, config: Config, folder: RunFolder) -> TextTask:
+        """Read the configured text. Raises `ValueError` for a source that is none, and for a vocabulary too small."""
+        corpus = load_text(
+            config.data.source,
+            tokenizer=config.data.tokenizer,
+            bpe_vocab_size=config.data.bpe_vocab_size,
+            validation_fraction=config.data.validation_fraction,
+            cache_dir=folder.cache,
+        )
+        rows = config.model.spec().vocab_size
+        if corpus.vocab_size > rows:
+            raise ValueError(
+                f"model.vocab_size is {rows}, but data.tokenizer {config.data.tokenizer!r} has {corpus.vocab_size} "
+                f"tokens; set model.vocab_size to at least {corpus.vocab_size}"
+            )
+        return cls(config, corpus)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of every token."""
+        return self.corpus.fingerprint
+
+    @property
+    def source(self) -> str:
+        """As configured."""
+        return self.corpus.source
+
+    @property
+    def per_step(self) -> int:
+        """Targets of one step."""
+        return self.config.training.batch_size * self.config.data.sequence_length
+
+    def describe(self) -> str:
+        """One line on the corpus."""
+        return self.corpus.describe()
+
+    def batches(self, start: int) -> Any:
+        """Windows in the order of (seed, step)."""
+        return Batches(
+            self.corpus.train,
+            batch_size=self.config.training.batch_size,
+            sequence_length=self.config.data.sequence_length,
+            seed=self.config.training.seed,
+            vocab_size=self.corpus.vocab_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ).stream(start)
+
+    def validation(self) -> Iterator[Batch]:
+        """Windows spread over the held-out files."""
+        return validation_batches(
+            self.corpus.validation,
+            batch_size=self.config.training.batch_size,
+            sequence_length=self.config.data.sequence_length,
+            count=self.config.training.validation_batches,
+            vocab_size=self.corpus.vocab_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def score(self, metrics: Metrics) -> Score:
+        """Bits per byte where the bytes of a token are known, else bits per token."""
+        field, known = "nats" if "nats" in metrics else "loss", self.corpus.bytes_per_token["validation"]
+        if known:
+            return Score(field, 1 / math.log(2) / known, "bits per byte")
+        return Score(field, 1 / math.log(2), "bits per token")
+
+    def save_beside(self, folder: Path) -> None:
+        """The tokenizer."""
+        save_tokenizer(self.corpus.tokenizer, folder / RunFolder.TOKENIZER)
+
+    def look(self, model: Any, folder: RunFolder, step: int) -> None:
+        """A continuation of the configured prompt."""
+        folder.sample(step, ".txt").write_text(self.continuation(model))
+
+    def continuation(self, model: Any) -> str:
+        """The prompt and what the model makes of it; empty where no room is left for new tokens."""
+        cfg, tokenizer = self.config.training, self.corpus.tokenizer
+        prompt = tokenizer.encode(cfg.sample_prompt)[None]
+        room = min(cfg.sample_tokens, self.config.model.spec().sequence_length - prompt.shape[1])
+        if room < 1:
+            return ""
+        drawn = model.sample(jax.random.key(cfg.seed), prompt=prompt, num_tokens=room, temperature=0.7, top_p=0.95)
+        return cfg.sample_prompt + tokenizer.decode(jax.device_get(drawn)[0])
+
+    def conclude(self, model: Any, folder: RunFolder, step: int) -> tuple[Metrics, list[str]]:
+        """The last sample, and the command that draws more."""
+        text = folder.sample(step, ".txt").read_text().rstrip()
+        command = f'python -m artifex.sample {folder.path} --prompt "{self.config.training.sample_prompt}"'
+        return {}, ([f"\n{text}\n"] if text else []) + [f"sample from it:  {command}"]

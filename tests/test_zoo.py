@@ -1,0 +1,182 @@
+"""What every model of the zoo holds, on real data: one row a preset. A model that is added needs a row here."""
+
+import functools
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from artifex import models
+from artifex.config import Config
+from artifex.models import layers
+from artifex.scaling.checkpoints import Checkpoints
+from artifex.scaling.plan import Plan
+from artifex.training.run_folder import RunFolder
+from artifex.training.state import blueprint
+from artifex.training.step import make_evaluate, make_step
+from artifex.training.task import open_task
+
+STEPS = 30
+TEXT = {"sequence_length": 64}
+# preset -> fields that make it small enough to be trained here
+ZOO = {
+    "llama-nano": {"embed_dim": 64, "num_layers": 2, "mlp_dim": 128},
+    "gpt2-nano": {"embed_dim": 64, "num_layers": 2},
+    "qwen3-nano": {"embed_dim": 64, "num_layers": 2, "mlp_dim": 128},
+    "gemma2-nano": {"embed_dim": 64, "num_layers": 2, "mlp_dim": 128},
+    "moe-nano": {"embed_dim": 64, "num_layers": 2, "mlp_dim": 128, "expert_mlp_dim": 64},
+    "linear-nano": {"embed_dim": 64, "num_layers": 2, "mlp_dim": 128},
+    "masked-nano": {"decoder": {"embed_dim": 64, "num_layers": 2, "mlp_dim": 128}},
+    "vae-digits": {},
+    "beta-vae-digits": {},
+    "vq-digits": {},
+    "fsq-digits": {},
+    "kl-digits": {},
+    "unet-digits": {},
+    "edm-digits": {},
+    "dit-digits": {},
+    "latent-dit-digits": {},
+}
+CONVOLUTIONAL = {name for name in ZOO if name.endswith("digits") and "dit" not in name}
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8},
+    "tensor": {"tensor": 4},
+    "data-fsdp": {"data": 2, "fsdp": 4},
+    "data-fsdp-tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+EVERY_DAY = ("data-fsdp", "data-fsdp-tensor")
+
+
+def config(preset: str, **device) -> Config:
+    text = models.PRESETS[preset].reads == "text"
+    return Config.from_dict(
+        {
+            "model": {"name": preset, **ZOO[preset]},
+            "data": {"source": "stdlib", **TEXT} if text else {"source": "digits", "validation_fraction": 0.2},
+            "training": {"steps": STEPS, "batch_size": 16, "validation_batches": 2},
+            "optimizer": {"name": "adamw", "learning_rate": 3e-3, "warmup_steps": 3},
+            "device": device,
+        }
+    )
+
+
+@functools.cache
+def batches(reads: str) -> list[dict[str, np.ndarray]]:
+    task = open_task(config("llama-nano" if reads == "text" else "vae-digits"), RunFolder(Path("unused")))
+    stream = task.batches(0)
+    found = [next(stream) for _ in range(STEPS)]
+    stream.close()
+    return found
+
+
+def on(preset: str, **device):
+    cfg = config(preset, **device)
+    count = math.prod(device.values()) if device else 1
+    plan = Plan.from_device(cfg.device, count)
+    return blueprint(cfg, plan, plan.make_mesh(jax.devices()[:count]))
+
+
+def trained(blue, steps: int):
+    """The state after some steps, and the loss of each."""
+    state, step, losses = blue.init(), make_step(blue), []
+    for batch in batches(blue.config.model.reads)[:steps]:
+        state, metrics = step(state, jax.device_put(batch, blue.batch_sharding(batch)))
+        losses.append(float(metrics["loss"]))
+    assert step._cache_size() == 1, "traced once"
+    return state, losses
+
+
+@pytest.fixture(scope="module", params=ZOO)
+def alone(request):
+    """The preset, trained on one device."""
+    blue = on(request.param)
+    return request.param, blue, *trained(blue, STEPS)
+
+
+def test_every_preset_that_trains_on_two_cores_has_a_row():
+    small = {name for name in models.list_models() if name.endswith(("-nano", "-digits"))}
+    assert small - set(ZOO) == set()
+
+
+def test_loss_falls_in_thirty_steps_on_real_data(alone):
+    _, _, _, losses = alone
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:3]), losses
+
+
+def test_validation_is_the_same_each_time(alone):
+    preset, blue, state, _ = alone
+    evaluate = make_evaluate(blue)
+    batch = batches(blue.config.model.reads)[0]
+    first, second = evaluate(state, batch), evaluate(state, batch)
+    assert first.keys() == second.keys() and all(float(first[name]) == float(second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "mesh", [name if name in EVERY_DAY else pytest.param(name, marks=pytest.mark.slow) for name in MESHES]
+)
+def test_training_on_a_mesh_equals_one_device(alone, mesh, tmp_path):
+    preset, blue, _, losses = alone
+    if preset in CONVOLUTIONAL and "tensor" in MESHES[mesh]:
+        with pytest.raises(ValueError, match=f"'tensor' of . devices splits nothing of '{preset}'"):
+            on(preset, **MESHES[mesh])
+        return
+    spread = on(preset, **MESHES[mesh])
+    state, got = trained(spread, 4)
+    np.testing.assert_allclose(got, losses[:4], rtol=2e-4)
+    # and the checkpoint opens on one device, bit for bit
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(4, state, {})
+        checkpoints.wait()
+        here = checkpoints.restore(4, blue.state)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(here), jax.device_get(state))
+
+
+def test_a_sample_has_its_shape_and_is_a_function_of_the_key(alone):
+    preset, blue, state, _ = alone
+    model = blue.model(state)
+
+    def draw(seed):
+        key = jax.random.key(seed)
+        if model.cfg.reads == "text":
+            return np.asarray(model.sample(key, prompt=np.full((2, 4), 32), num_tokens=8))
+        return np.asarray(model.sample(key, count=4))
+
+    first, cfg = draw(0), model.cfg
+    assert first.shape == ((2, 8) if cfg.reads == "text" else (4, cfg.image_size, cfg.image_size, cfg.channels))
+    if cfg.reads == "images":
+        assert first.dtype == np.float32 and np.abs(first).max() <= 1
+    np.testing.assert_array_equal(first, draw(0))
+    assert (first != draw(1)).any()
+
+
+def test_bfloat16_stays_near_float32(alone):
+    preset, blue, state, _ = alone
+    batch = batches(blue.config.model.reads)[1]
+
+    @jax.jit
+    def loss(params, buffers):
+        return nnx.merge(blue.graphdef, params, buffers).loss(batch)[0]
+
+    low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.params)
+    full, half = float(loss(state.params, state.buffers)), float(loss(low, state.buffers))
+    assert abs(half - full) < 0.03 * abs(full) + 0.01
+
+
+def test_buffers_change_in_training_alone(alone):
+    preset, blue, state, _ = alone
+    fresh = blue.init().buffers
+    changed = [
+        jax.tree_util.keystr(path)
+        for (path, old), new in zip(
+            jax.tree_util.tree_leaves_with_path(fresh), jax.tree.leaves(state.buffers), strict=True
+        )
+        if (np.asarray(old) != np.asarray(new)).any()
+    ]
+    assert bool(changed) == (preset in ("vq-digits", "fsq-digits")), changed
+    assert nnx.state(blue.model(state), layers.Buffer) or not jax.tree.leaves(fresh)
