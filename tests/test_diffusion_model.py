@@ -103,7 +103,8 @@ EDM: dict[str, Any] = {
 
 
 def model_of(network: Any = None, **fields) -> Any:
-    return DiffusionConfig(network=network or AffineConfig(), sampling_steps=3, **fields).build(nnx.Rngs(0))
+    parts: dict[str, Any] = {"network": network or AffineConfig(), "sampling_steps": 3}
+    return DiffusionConfig(**parts, **fields).build(nnx.Rngs(0))
 
 
 def batch_of(count=6, size=4, seed=0):
@@ -160,17 +161,16 @@ def test_labels_are_dropped_at_their_rate_in_training_alone():
     @nnx.jit
     def used(model, key):
         # the gradient of a row of the table tells whether any example of the batch read it
-        def rows(rngs):
-            grads = nnx.grad(lambda model: model.loss(batch, rngs)[0])(model)
-            return jnp.any(grads["network"]["rows"]["table"][...] != 0, axis=1)
+        def rows(loss):
+            return jnp.any(nnx.grad(loss)(model)["network"]["rows"]["table"][...] != 0, axis=1)
 
-        return rows(None), rows(nnx.Rngs(key))
+        return rows(lambda m: m.loss(batch)[0]), rows(lambda m: m.loss(batch, nnx.Rngs(key))[0])
 
     validation, training = used(model, jax.random.key(0))
     np.testing.assert_array_equal(validation, [True, True, True, False])
     np.testing.assert_array_equal(training, [True] * 4)
-    for rate, model in {0.3: model, 0.0: model_of(condition_dropout=0.0)}.items():
-        dropped = model._drop(jnp.zeros(4_000, jnp.int32), jax.random.key(0), 4_000) == 3
+    for rate in (0.3, 0.0):
+        dropped = model_of(condition_dropout=rate)._drop(jnp.zeros(4_000, jnp.int32), jax.random.key(0), 4_000) == 3
         assert abs(float(jnp.mean(dropped)) - rate) <= 4 * np.sqrt(rate * (1 - rate) / 4_000)
 
 

@@ -16,7 +16,8 @@ PROCESSES = {
     "edm": EDM(),
     "flow": FlowMatching("logit_normal"),
 }
-KINDS = ["x0", "eps", "v", "velocity", "edm"]
+KINDS: list[objective.Prediction] = ["x0", "eps", "v", "velocity", "edm"]
+WEIGHTINGS: list[objective.Weighting] = ["simple", "min_snr", "edm"]
 QUANTILE = statistics.NormalDist().inv_cdf
 
 
@@ -132,11 +133,12 @@ def test_weightings_are_the_published_ones():
     t = jnp.asarray([0.05, 0.2, 0.5, 0.95])
     snr = np.square(np.asarray(ddpm.alpha(t)) / np.asarray(ddpm.sigma(t)))
     cut = np.minimum(snr, 5)
-    for kind, expected in {"x0": cut, "eps": cut / snr, "v": cut / (snr + 1)}.items():
+    published: dict[objective.Prediction, np.ndarray] = {"x0": cut, "eps": cut / snr, "v": cut / (snr + 1)}
+    for kind, expected in published.items():
         np.testing.assert_allclose(objective.weight("min_snr", kind, t, ddpm), expected, rtol=1e-4)
     sigma = np.asarray(edm.sigma(t))
-    published = (sigma**2 + 0.5**2) / (sigma * 0.5) ** 2
-    np.testing.assert_allclose(objective.weight("edm", "x0", t, edm), published, rtol=1e-4)
+    on_x0 = (sigma**2 + 0.5**2) / (sigma * 0.5) ** 2
+    np.testing.assert_allclose(objective.weight("edm", "x0", t, edm), on_x0, rtol=1e-4)
     np.testing.assert_allclose(objective.weight("edm", "edm", t, edm), np.ones(4), rtol=1e-4)
     np.testing.assert_array_equal(objective.weight("simple", "v", t, edm), np.ones(4))
 
@@ -147,5 +149,5 @@ def test_targets_and_weights_are_finite_at_the_ends_of_training(name):
     t = process.training_time(jnp.asarray([0.0, 1.0]))
     for kind in KINDS:
         assert np.all(np.isfinite(objective.target(kind, normal(0, (2, 4)), normal(1, (2, 4)), t, process)))
-        for weighting in ("simple", "min_snr", "edm"):
+        for weighting in WEIGHTINGS:
             assert np.all(np.isfinite(objective.weight(weighting, kind, t, process))), (kind, weighting)

@@ -1,9 +1,11 @@
 """Scores and pictures: closed forms, an outside square root of matrices, real digits, and the pixels that are drawn."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from flax import nnx
 
 from artifex.data.image_batches import all_images
 from artifex.data.images import load_images
@@ -109,17 +111,18 @@ def test_a_classifier_of_held_out_digits_knows_the_others_and_scores_what_resemb
 
 
 def test_a_classifier_is_a_function_of_its_arguments():
-    images = RNG.uniform(-1, 1, (70, 5, 6, 3)).astype(np.float32)  # of another size and shape than the digits
-    labels = np.arange(70) % 3
-    first, again, other = (train_classifier(images, labels, 3, seed=seed, steps=3) for seed in (0, 0, 1))
+    images = RNG.uniform(-1, 1, (70, 8, 8, 1)).astype(np.float32)
+    labels = np.arange(70) % 10
+    first, again, other = (train_classifier(images, labels, 10, seed=seed, steps=3) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first.logits(images), again.logits(images))
     assert (first.logits(images) != other.logits(images)).any()
 
 
-def test_every_parameter_of_the_network_is_named():
-    from flax import nnx
-
-    params = nnx.state(nnx.eval_shape(lambda: Network(8, 8, 1, 10, rngs=nnx.Rngs(0))), nnx.Param)
+def test_the_network_takes_any_size_and_names_every_parameter():
+    network = nnx.eval_shape(lambda: Network(5, 6, 3, 7, rngs=nnx.Rngs(0)))
+    logits = nnx.eval_shape(lambda network: network.to_classes(network.features(jnp.zeros((2, 5, 6, 3)))), network)
+    assert logits.shape == (2, 7)
+    params = nnx.state(network, nnx.Param)
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
     assert len(leaves) == 12
     assert all(len(leaf.get_metadata("out_sharding")) == len(leaf.shape) for leaf in leaves)

@@ -34,6 +34,8 @@ LAYOUTS = {
     "linear": ("linear-nano", {"num_kv_heads": 2}),
 }
 
+OF_MANY_SIZES = {"conv_in", "conv_out", "kernel"}  # convolutions differ from level to level
+
 # Published sizes: model cards of the checkpoints, counted with tied heads once.
 PUBLISHED = {
     "gpt2": 124_439_808,
@@ -90,6 +92,8 @@ def test_every_parameter_is_named_and_one_name_has_one_size(preset):
     for path, leaf, names in leaves_with_names(shapes_of(model), names_of(model)):
         assert len(names) == len(leaf.shape) > 0
         for name, size in zip(names, leaf.shape, strict=True):
+            if name in OF_MANY_SIZES:
+                continue
             assert sizes.setdefault(name, size) == size, f"{path}: {name} is {size} here and {sizes[name]} elsewhere"
 
 
@@ -307,10 +311,7 @@ def test_sequences_longer_than_the_model_are_refused(model):
         model(ids((1, 49)))
 
 
-@pytest.mark.parametrize(
-    "how", [Execution("none", 1), Execution("dots", 1), Execution("full", "auto"), Execution("full", 2)]
-)
-def test_remat_and_unrolling_change_no_gradient(model, how):
+def test_remat_and_unrolling_change_no_gradient(model):
     graphdef, params = nnx.split(model)
     batch = {"tokens": ids((2, 16)), "targets": ids((2, 16), seed=1)}
 
@@ -321,8 +322,10 @@ def test_remat_and_unrolling_change_no_gradient(model, how):
 
         return jax.jit(jax.grad(loss))(params)
 
+    expected = gradient(Execution("none", "auto"))
     assert_close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)  # noqa: E731
-    jax.tree.map(assert_close, gradient(how), gradient(Execution("none", 2)))
+    for how in (Execution("dots", 1), Execution("full", 2)):
+        jax.tree.map(assert_close, gradient(how), expected)
 
 
 def test_a_stacked_model_compiles_to_the_same_size_at_any_depth():

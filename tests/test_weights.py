@@ -1,5 +1,6 @@
 """Weights in and out: what is written is read back, straight into shards, and files made to deceive are refused."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -182,27 +183,25 @@ def test_a_layout_writes_the_tensors_it_says(pair, tmp_path):
 
 
 def layout_of(cfg):
-    """The layout that can hold a model of this configuration, and its config.json."""
+    """The layout that can hold a model of this configuration and its config.json, in a list; empty where none can."""
     for layout in models.LAYOUTS.values():
         if layout.config is type(cfg):
             try:
-                return layout, layout.write_config(cfg)
+                return [(layout, layout.write_config(cfg))]
             except ValueError:
                 continue
-    return None, None
+    return []
 
 
 def configurations_with_a_layout() -> dict:
     """Every preset, and every part of one such as a network, that another library has words for; each once."""
     found = {}
     for name, cfg in models.PRESETS.items():
-        parts = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
-        named = {name: cfg} | {
-            f"{name}.{field}": part for field, part in parts.items() if dataclasses.is_dataclass(part)
-        }
-        for where, one in named.items():
-            if one not in found.values() and layout_of(one)[0] is not None:
-                found[where] = one
+        parts = {f"{name}.{field.name}": getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
+        for where, one in {name: cfg, **parts}.items():
+            seen = [other for other, _, _ in found.values()]
+            if dataclasses.is_dataclass(one) and one not in seen:
+                found.update((where, (one, *fits)) for fits in layout_of(one))
     return found
 
 
@@ -210,13 +209,12 @@ PUBLISHED = configurations_with_a_layout()
 
 
 def test_every_layout_has_a_preset():
-    assert {layout_of(cfg)[0].architecture for cfg in PUBLISHED.values()} == set(models.LAYOUTS)
+    assert {layout.architecture for _, layout, _ in PUBLISHED.values()} == set(models.LAYOUTS)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_layout_covers_every_parameter_once(name):
-    cfg = PUBLISHED[name]
-    layout, config = layout_of(cfg)
+    cfg, layout, config = PUBLISHED[name]
     state = nnx.state(nnx.eval_shape(lambda: cfg.build(nnx.Rngs(0))))
     shapes = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(state)}
     entries = [entry for entry in layout.entries(layout.read_config(config)) if not entry.optional]
@@ -262,6 +260,18 @@ def test_reading_into_shards_equals_reading_whole(architecture, mesh, tmp_path):
     assert {shard.data.shape for shard in query.addressable_shards} == {(2, 16, 1, 8)}
 
 
+@contextlib.contextmanager
+def peak_memory():
+    """Python's and NumPy's, in bytes, from here to the end of the block."""
+    tracemalloc.start()
+    most = []
+    try:
+        yield lambda: most[0]
+        most.append(tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
+
+
 def test_the_host_reads_each_shard_alone_and_holds_one_at_a_time(pair, mesh, tmp_path, monkeypatch):
     cfg = PairConfig(layers=8, width=2**17)  # 16 MB
     params = random_params(cfg)
@@ -270,24 +280,21 @@ def test_the_host_reads_each_shard_alone_and_holds_one_at_a_time(pair, mesh, tmp
     where = jax.tree.map(lambda leaf: whole, params)
     where["wide"] = NamedSharding(mesh, PartitionSpec("model", None, "data"))
     where["codes"] = NamedSharding(mesh, PartitionSpec(None, ("data", "model")))
-    put, given = jax.device_put, []
+    given = []
 
-    def copied(values, device):  # a simulated device would keep the host's buffer as its own
+    def put(values, device):  # a simulated device would keep the host's buffer as its own
         given.append((values.nbytes, device))
-        return put(jnp.array(values, copy=True), device)
+        return jnp.zeros(values.shape, values.dtype, device=device)
 
-    monkeypatch.setattr(jax, "device_put", copied)
+    monkeypatch.setattr(jax, "device_put", put)
     monkeypatch.setattr(weights, "PIECE", 2**18)  # what is compared at once
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    tracemalloc.start()
-    got = weights.read_params(tmp_path, abstract, cfg, where)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert_equal(got, params)
+    with peak_memory() as peak:
+        weights.read_params(tmp_path, abstract, cfg, where)
     share = params["wide"].nbytes // 8
     assert [size for size, _ in given if size == share] == [share] * 8
     assert max(size for size, _ in given) == share and len({device for _, device in given}) == 8
-    assert share <= peak < 1.5 * share
+    assert share <= peak() < 2 * share  # of 8
 
 
 def test_writing_holds_one_tensor_of_theirs_at_a_time(pair, mesh, tmp_path):
@@ -295,11 +302,9 @@ def test_writing_holds_one_tensor_of_theirs_at_a_time(pair, mesh, tmp_path):
     params = random_params(cfg)
     placed = jax.tree.map(lambda leaf: jnp.asarray(leaf), params)
     placed["wide"] = jax.device_put(params["wide"], NamedSharding(mesh, PartitionSpec("model", None, "data")))
-    tracemalloc.start()
-    weights.save_pretrained(tmp_path, "pair", cfg, placed, layout="TheirPair")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 3 * params["codes"].nbytes  # the largest tensor; one more where it is turned around
+    with peak_memory() as peak:
+        weights.save_pretrained(tmp_path, "pair", cfg, placed, layout="TheirPair")
+    assert peak() < 3 * params["codes"].nbytes  # the largest tensor; one more where it is turned around
     assert_equal(params_of(weights.from_pretrained(tmp_path)), params)
 
 
@@ -526,6 +531,13 @@ def test_pickles_are_refused_with_the_remedy(name, llama, tmp_path):
 )
 def test_a_configuration_that_our_models_cannot_compute_is_refused_by_key(keys, message, change):
     refused(change(**keys), message)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"model": {}, "model": {}}', "{}", "\x00"])
+def test_a_configuration_that_is_none_is_refused(content, tmp_path):
+    refused(tmp_path, "holds no config.json")
+    (tmp_path / "config.json").write_text(content)
+    refused(tmp_path, "describes no model")
 
 
 def test_a_layout_refuses_a_model_that_it_has_no_words_for(tmp_path):

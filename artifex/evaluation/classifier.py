@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from artifex.models.layers import Linear, dropout
 _FEATURES = 64
 _BATCH = 64
 _EVALUATED = 256  # images at once
+_RATE, _WARMUP = 3e-3, 20  # the rate rises over the first twentieth of the steps
+_ADAMW = optax.adamw(1.0, weight_decay=0.05)  # its updates are scaled by the rate
 
 
 class Network(nnx.Module):
@@ -47,11 +50,7 @@ class Classifier:
     """A trained network on arrays of any length: `logits` and `features` of float32 (N, H, W, C) in [-1, 1]."""
 
     def __init__(self, network: Network):
-        def run(network: Network, image_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-            feature_BD = network.features(image_BHWC)
-            return feature_BD, network.to_classes(feature_BD)
-
-        self._run = functools.partial(nnx.jit(run), network)
+        self.network = network
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """Float32 (N, 64): what the last linear map reads."""
@@ -69,10 +68,17 @@ class Classifier:
         images = np.asarray(images, np.float32)
         padded = np.pad(images, ((0, -len(images) % _EVALUATED), *((0, 0),) * 3))  # one shape, compiled once
         parts = [
-            self._run(jnp.asarray(padded[first : first + _EVALUATED])) for first in range(0, len(padded), _EVALUATED)
+            _run(self.network, jnp.asarray(padded[first : first + _EVALUATED]))
+            for first in range(0, len(padded), _EVALUATED)
         ]
         features, logits = (np.concatenate(part)[: len(images)] for part in zip(*jax.device_get(parts), strict=True))
         return features, logits
+
+
+@nnx.jit
+def _run(network: Network, image_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    feature_BD = network.features(image_BHWC)
+    return feature_BD, network.to_classes(feature_BD)
 
 
 def train_classifier(
@@ -95,31 +101,39 @@ def train_classifier(
     _, height, width, channels = images.shape
     network = Network(height, width, channels, num_classes, rngs=nnx.Rngs(seed))
     graph, params = nnx.split(network, nnx.Param)
-    rate = optax.warmup_cosine_decay_schedule(0.0, 3e-3, max(1, steps // 20), steps)
-    optimizer = optax.adamw(rate, weight_decay=0.05)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def train_step(params, moments, image_BHWC, label_B, key):
-        shift_key, drop_key = jax.random.split(key)
-
-        def loss(params):
-            network = nnx.merge(graph, params)
-            shifted_BHWC = _shifted(image_BHWC, shift_key)
-            logits_BK = network.to_classes(network.features(shifted_BHWC, drop_key))
-            target_BK = optax.smooth_labels(jax.nn.one_hot(label_B, num_classes), 0.05)
-            return jnp.mean(optax.softmax_cross_entropy(logits_BK, target_BK))
-
-        gradients = jax.grad(loss)(params)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step count with floats
-            updates, moments = optimizer.update(gradients, moments, params)
-        return optax.apply_updates(params, updates), moments
-
-    moments, key = optimizer.init(params), jax.random.key(seed)
+    moments, key = _ADAMW.init(params), jax.random.key(seed)
     order = np.random.Generator(np.random.Philox(seed)).integers(0, len(images), (steps, _BATCH))
     for step in range(steps):
         batch = images[order[step]], labels[order[step]].astype(np.int32)
-        params, moments = train_step(params, moments, *batch, jax.random.fold_in(key, step))
+        rate = _RATE * min(1, (step + 1) * _WARMUP / steps) * (1 + math.cos(math.pi * step / steps)) / 2
+        random = jax.random.fold_in(key, step)
+        params, moments = _train_step(params, moments, *batch, np.float32(rate), random, graph, num_classes)
     return Classifier(nnx.merge(graph, params))
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "num_classes"), donate_argnames=("params", "moments"))
+def _train_step(
+    params: nnx.State,
+    moments: optax.OptState,
+    image_BHWC: jax.Array,
+    label_B: jax.Array,
+    rate: jax.Array,
+    key: jax.Array,
+    graph: nnx.GraphDef,
+    num_classes: int,
+) -> tuple[nnx.State, optax.OptState]:
+    shift_key, drop_key = jax.random.split(key)
+
+    def loss(params: nnx.State) -> jax.Array:
+        network = nnx.merge(graph, params)
+        logits_BK = network.to_classes(network.features(_shifted(image_BHWC, shift_key), drop_key))
+        target_BK = optax.smooth_labels(jax.nn.one_hot(label_B, num_classes), 0.05)
+        return jnp.mean(optax.softmax_cross_entropy(logits_BK, target_BK))
+
+    gradients = jax.grad(loss)(params)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step count with floats
+        updates, moments = _ADAMW.update(gradients, moments, params)
+    return jax.tree.map(lambda param, update: param + rate * update, params, updates), moments
 
 
 def _shifted(image_BHWC: jax.Array, key: jax.Array) -> jax.Array:

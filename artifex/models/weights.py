@@ -116,7 +116,7 @@ def save_pretrained(
     "LlamaForCausalLM", for the library that has it; or "huggingface", the first of these that can hold the model. Above
     `max_shard_bytes` there are several files and an index.
 
-    Raises `ValueError` for a model that the layout has no words for.
+    Every array must be within reach of this process. Raises `ValueError` for a model that the layout has no words for.
     """
     name = model if isinstance(model, str) else None
     if isinstance(model, nnx.Module):
@@ -142,14 +142,17 @@ def _described(folder: Path) -> tuple[Any, Layout | None]:
         raise FileNotFoundError(f"{folder} holds no {CONFIG}; expected a folder written by save_pretrained")
     try:
         config = read_json(file)
+    except ValueError as error:
+        raise ValueError(f"{folder} describes no model: {error}") from error
+    try:
         if "model" in config:
             return _restored(config["model"]), None
         architecture = config["_class_name"] if "_class_name" in config else config["architectures"][0]
         layout = models.LAYOUTS.get(architecture)
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(
-            f"{file} describes no model: expected {{'model': {{'name': ...}}}}, or 'architectures' or '_class_name' as in "
-            f"other libraries' ({error})"
+            f"{file} describes no model: expected {{'model': {{'name': ...}}}}, or 'architectures' or '_class_name' as "
+            f"other libraries write them ({type(error).__name__}: {error})"
         ) from error
     if layout is None:
         raise ValueError(f"{file} is of a {shown(str(architecture))}; known are {', '.join(sorted(models.LAYOUTS))}")
@@ -311,10 +314,14 @@ def _placed(read: Callable[[Slices, np.dtype], np.ndarray], shape: Shape, dtype:
         alike.setdefault(tuple(part.indices(size) for part, size in zip(index, shape, strict=True)), []).append(device)
     parts = {}
     for index, devices in alike.items():
-        values = read(tuple(slice(*part) for part in index), dtype)
-        parts |= {device: jax.device_put(values, device) for device in devices}
-        jax.block_until_ready([parts[device] for device in devices])
+        parts |= _put(read(tuple(slice(*part) for part in index), dtype), devices)
     return jax.make_array_from_single_device_arrays(shape, where, [parts[device] for device in indices])
+
+
+def _put(values: np.ndarray, devices: list[Any]) -> dict[Any, jax.Array]:
+    """`values` on each device. Waits, so that the host can let go of them."""
+    parts = jax.block_until_ready([jax.device_put(values, device) for device in devices])
+    return dict(zip(devices, parts, strict=True))
 
 
 def _to_write(entry: Entry, values: Mapping[str, Any]) -> Iterator[Tensor]:

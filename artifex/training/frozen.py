@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
-from artifex.models.weights import read_params
+from artifex.models.weights import read_config, read_params
 from artifex.training.state import Blueprint, TrainState
 
-SCALES = ("latent_scale", "latent_shift")  # of the model that uses the latents, measured after the weights were made
+OF_THE_USE = ("latent_scale", "latent_shift", "image_size", "kl_weight")
+"""Fields that may differ from those the weights were made with: how latents are scaled, which was measured afterwards,
+the size of the images, which a convolution does not know, and the loss."""
 
 
 def fresh_state(blue: Blueprint) -> TrainState:
@@ -34,18 +35,16 @@ def fresh_state(blue: Blueprint) -> TrainState:
 
 
 def _check_same(folder: Path, wanted: Any) -> None:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"model.autoencoder_weights {folder} holds no config.json; give the weights folder of a run")
-    try:
-        section = json.loads(file.read_text())["model"]
-    except (KeyError, TypeError, ValueError):
-        return  # the layout of another library: its reader checks every tensor
-    have = json.loads(json.dumps(dataclasses.asdict(wanted)))
+    have = read_config(folder)
+    if type(have) is not type(wanted):
+        raise ValueError(
+            f"model.autoencoder_weights {folder} holds a model of {type(have).__name__}, expected "
+            f"{type(wanted).__name__}; give the weights folder of such an autoencoder"
+        )
     other = [
-        f"{name} is {section[name]} there and {value} here"
-        for name, value in have.items()
-        if name not in SCALES and name in section and section[name] != value
+        f"{field.name} is {getattr(have, field.name)} there and {getattr(wanted, field.name)} here"
+        for field in dataclasses.fields(wanted)
+        if field.name not in OF_THE_USE and getattr(have, field.name) != getattr(wanted, field.name)
     ]
     if other:
         raise ValueError(

@@ -105,14 +105,13 @@ class ImageTask:
         """Nothing: images need no tokenizer."""
 
     def look(self, model: Any, folder: RunFolder, step: int) -> None:
-        """A grid of samples, sorted by class where there are classes; of an autoencoder its reconstructions as well."""
+        """A grid of samples, a column for each class where there are few; of an autoencoder its reconstructions too."""
         count = self.config.training.sample_images
         if not count:
             return
-        labels = self._labels(model, count)
-        order = slice(None) if labels is None else np.argsort(labels, kind="stable")
-        images = self._draw(model, count, self.config.training.seed)[0]
-        save_grid(images[order], folder.sample(step, ".png"), columns=COLUMNS)
+        images, labels = self._draw(model, count, self.config.training.seed)
+        few = labels is not None and model.cfg.num_classes <= 2 * COLUMNS
+        save_grid(images, folder.sample(step, ".png"), columns=model.cfg.num_classes if few else COLUMNS)
         if hasattr(model, "reconstruct"):
             originals = next(self.validation())["image"][:PAIRS]
             save = folder.sample(step, "-reconstructions.png")
@@ -141,7 +140,7 @@ class ImageTask:
         pairs_grid(images, known[nearest_neighbours(images, known)], path, columns=COLUMNS)
 
     def _scores(self, model: Any) -> dict[str, float]:
-        from artifex.evaluation.frechet import score_samples
+        from artifex.evaluation.frechet import judge, score_samples
 
         count, parts, labels = self.config.training.score_images, [], []
         for index, begin in enumerate(range(0, count, DRAW)):  # one shape, so that one program is compiled
@@ -149,7 +148,13 @@ class ImageTask:
             parts.append(drawn[: count - begin])
             labels.append(None if its is None else its[: count - begin])
         known = None if labels[0] is None else np.concatenate(labels)
-        return score_samples(self.corpus, np.concatenate(parts), known)
+        classifier = judge(self.corpus)
+        scores = score_samples(self.corpus, np.concatenate(parts), known, classifier=classifier)
+        if hasattr(model, "reconstruct"):
+            images, _ = all_images(self.corpus.validation, self.corpus.levels, most=count)
+            again = score_samples(self.corpus, np.asarray(model.reconstruct(images)), classifier=classifier)
+            scores |= {f"reconstruction_{name}": value for name, value in again.items()}
+        return scores
 
     def _labels(self, model: Any, count: int) -> np.ndarray | None:
         classes = model.cfg.num_classes

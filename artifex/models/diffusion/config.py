@@ -96,7 +96,7 @@ class DiffusionConfig:
             if self.autoencoder_weights:
                 raise ValueError(f"autoencoder_weights {self.autoencoder_weights!r} have no autoencoder; give one")
             return
-        if not hasattr(self.autoencoder, "latent_size"):
+        if not hasattr(self.autoencoder, "latent_channels"):
             raise ValueError(f"autoencoder is {self.autoencoder!r}; expected an autoencoder's configuration")
         latent = (self.autoencoder.latent_size, self.autoencoder.latent_channels)
         if (net.image_size, net.in_channels) != latent:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -142,7 +142,7 @@ class MMDiTConfig:
     pooled_dim: int = 2048  # features of the whole text's vector
     position_grid: int | None = None  # patches on a side of the grid whose centre gives positions; none: the image's
 
-    num_classes = 0  # it is conditioned on text, never on labels
+    num_classes: ClassVar[int] = 0  # it is conditioned on text, never on labels
 
     def __post_init__(self) -> None:
         _check_transformer(self)

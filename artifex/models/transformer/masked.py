@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from artifex.models.transformer.decoder import Decoder, cross_entropy
-from artifex.models.transformer.generate import _check, pick
+from artifex.models.transformer.generate import check_request, pick
 from artifex.models.transformer.masked_config import MaskedDiffusionConfig
 
 
@@ -68,15 +68,8 @@ class MaskedDiffusion(nnx.Module):
         `artifex.models.transformer.generate.generate`; besides, `ValueError` for `steps` below 1.
         """
         cfg, steps = self.cfg, self.cfg.sampling_steps if steps is None else steps
-        if prompt is None:
-            # a stand-in of one token is what the checks of a prompt let pass
-            _check(
-                self, jnp.zeros((1, 1), jnp.int32), max(num_tokens - 1, min(num_tokens, 1)), temperature, top_k, top_p
-            )
-            prompt = jnp.zeros((1, 0), jnp.int32)
-        else:
-            prompt = jnp.asarray(prompt)
-            _check(self, prompt, num_tokens, temperature, top_k, top_p)
+        prompt = jnp.zeros((1, 0), jnp.int32) if prompt is None else jnp.asarray(prompt)
+        check_request(cfg, prompt, num_tokens, temperature, top_k, top_p)
         if steps < 1:
             raise ValueError(f"steps is {steps}; ask for at least 1")
         graphdef, state = nnx.split(self)

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from artifex.models.transformer.masked import MaskedDiffusion
 
 
+BYTES = DecoderConfig(vocab_size=257, causal=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class MaskedDiffusionConfig:
     """A decoder without the causal mask that fills in masked tokens.
@@ -23,7 +26,7 @@ class MaskedDiffusionConfig:
 
     reads: ClassVar[Literal["text", "images"]] = "text"
 
-    decoder: DecoderConfig = DecoderConfig(vocab_size=257, causal=False)  # the network; its last token id is the mask
+    decoder: DecoderConfig = BYTES  # the network; its last token id is the mask
     sampling_steps: int = 64  # times at which tokens are revealed, unless a sample asks for another number
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 Kingma and Welling 2013 (arXiv:1312.6114), Higgins et al. 2017 ("beta-VAE"): the loss is
 -log p(x|z) + beta KL(q(z|x) || N(0, 1)) in nats to an image, z drawn from q = N(mean, exp(logvar)).
 
-Dims: B batch, H height, W width, C channels, Z latent.
+Dims: B batch, H height, W width, C channels, Z latent, S steps of an interpolation.
 """
 
 from __future__ import annotations
@@ -204,9 +204,7 @@ class VAE(nnx.Module):
         """Images of `steps` latents on the line from one image's mean to another's, ends included: (steps, H, W, C)."""
         if steps < 2:
             raise ValueError(f"steps is {steps}; an interpolation has at least its 2 ends")
-        a_Z, b_Z = self.encode(jnp.stack([a_HWC, b_HWC]))[0]
-        part = jnp.linspace(0, 1, steps)[:, None]
-        return _decode(self, (1 - part) * a_Z[None] + part * b_Z[None])
+        return _interpolate(self, jnp.stack([a_HWC, b_HWC]), jnp.linspace(0, 1, steps))
 
 
 def refuse_labels(labels: jax.Array | None) -> None:
@@ -223,3 +221,9 @@ def _decode(model: VAE, z_BZ: jax.Array) -> jax.Array:
 @nnx.jit
 def _reconstruct(model: VAE, x_BHWC: jax.Array) -> jax.Array:
     return jnp.clip(model.decode(model.encode(x_BHWC)[0]), -1, 1)
+
+
+@nnx.jit
+def _interpolate(model: VAE, ends_BHWC: jax.Array, part_S: jax.Array) -> jax.Array:
+    a_Z, b_Z = model.encode(ends_BHWC)[0]
+    return jnp.clip(model.decode(a_Z[None] + part_S[:, None] * (b_Z - a_Z)[None]), -1, 1)
