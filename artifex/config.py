@@ -80,6 +80,10 @@ class TrainingConfig(Section):
     unroll: Annotated[Int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto", description="layers run per scan iteration, at least 1; 'auto' chooses by depth"
     )
+    attention: Literal["auto", "tiles", "xla", "cudnn"] = Field(
+        default="auto",
+        description="how attention is computed; 'auto': cudnn on a GPU in bfloat16, tiles on a CPU, else xla",
+    )
     ema_decay: float | None = Field(
         default=None, gt=0, lt=1, description="of a running mean of the parameters, 0 to 1; none is off"
     )

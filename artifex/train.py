@@ -147,6 +147,7 @@ def run_steps(run: Run) -> Path:
 
 def fit(run: Run, report: Report) -> tuple[TrainState, int]:
     """The (data, step) loop. Returns the last state and its step, fewer than asked where a signal stopped it."""
+    from artifex.models.attention import recording
     from artifex.training.meter import Meter
     from artifex.training.signals import stop_signals
     from artifex.training.step import make_step
@@ -161,7 +162,10 @@ def fit(run: Run, report: Report) -> tuple[TrainState, int]:
             asked = time.perf_counter()
             batch = place(blue, next(batches))
             meter.waited(time.perf_counter() - asked)
-            state, metrics = run_step(state, batch)
+            with recording() as attention:  # the first step traces
+                state, metrics = run_step(state, batch)
+            if attention:
+                report.line(f"attention: {', '.join(sorted(attention))}")
             step += 1
             # one step late: while Python reads the last step's metrics the device is busy with this one
             meter.read_late(step, metrics)

@@ -100,9 +100,14 @@ def chosen(args: argparse.Namespace) -> Setup:
     setup = SETUPS[args.setup]
     changes = {"batch": args.batch, "dtype": args.dtype}
     setup = dataclasses.replace(setup, **{name: value for name, value in changes.items() if value is not None})
-    device = jax.devices()[0]
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax"))
-    machine = f"{device.platform} {device.device_kind}, {os.cpu_count()} cores"
-    print(f"{machine}, Python {platform.python_version()}, {versions}")
+    print(machine())
     print(setup)
     return setup
+
+
+def machine() -> str:
+    """The device and the versions, on one line."""
+    device = jax.devices()[0]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax"))
+    cores = f"{device.platform} {device.device_kind}, {os.cpu_count()} cores"
+    return f"{cores}, Python {platform.python_version()}, {versions}"

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 ROOT = Path(__file__).parents[1]
-PAGES = [page for page in ("README.md", "docs/quickstart.md", "docs/scaling.md") if (ROOT / page).exists()]
+MODELS = sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs/models").glob("*.md"))
+PAGES = [page for page in ("README.md", "docs/quickstart.md", "docs/scaling.md", *MODELS) if (ROOT / page).exists()]
 DOCUMENT = ROOT / "tests/data/scaling_document_blocks.md"
 SHOWN = re.compile(r"^ *print\(.*\)(?:  |\n *)# (.+)$", re.MULTILINE)  # a result stands behind its print, or below it
 

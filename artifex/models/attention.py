@@ -5,6 +5,9 @@ Dims: B batch, T queries, S keys, N query heads, K key heads, G = N / K, H head_
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
@@ -19,6 +22,8 @@ Implementation = Literal["tiles", "xla", "cudnn"]
 TILE = 64  # queries at least: smaller products run below a CPU's rate
 MOST_TILES = 16  # each one is compiled by itself
 CUDNN_HEAD_DIM = 128  # the most its kernels take before Hopper
+
+_TAKEN: contextvars.ContextVar[set[Implementation] | None] = contextvars.ContextVar("artifex_attention", default=None)
 
 
 def dot_product_attention(
@@ -49,6 +54,8 @@ def dot_product_attention(
         raise ValueError(f"window {window} with causal={causal}; a window is at least 1 and looks back: set causal")
     window = None if window is None or window >= S else window
     how = _implementation(query_BTNH, softcap)
+    if (taken := _TAKEN.get()) is not None:
+        taken.add(how)
     if how == "tiles":
         return _tiles(query_BTNH, key_BSKH, value_BSKH, causal, window, softcap, scale)
     # float32: JAX's product of bfloat16 has no gradient under strict promotion, and XLA rounds on a TPU anyway
@@ -64,6 +71,17 @@ def dot_product_attention(
             implementation=how,
         )
     return mixed_BTNH.astype(query_BTNH.dtype)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[set[Implementation]]:
+    """The implementations that calls traced inside take, so that a run can name them."""
+    taken: set[Implementation] = set()
+    token = _TAKEN.set(taken)
+    try:
+        yield taken
+    finally:
+        _TAKEN.reset(token)
 
 
 def implementation_for(platform: str, dtype: Any, head_dim: int, *, softcap: float | None = None) -> Implementation:

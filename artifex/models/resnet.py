@@ -56,8 +56,9 @@ class ResnetBlock(nnx.Module):
         return image(kept + h_BHWC)
 
     def _conditioned(self, h_BHWC: jax.Array, c_BE: jax.Array | None) -> jax.Array:
-        if self.condition is None or c_BE is None:
+        if self.condition is None:
             return self.norm2(h_BHWC)
+        assert c_BE is not None, "a block with a condition is called with one"
         c = self.condition(nnx.silu(c_BE))[:, None, None]
         if not self.scale_shift:
             return self.norm2(h_BHWC + c)

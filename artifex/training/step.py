@@ -24,7 +24,7 @@ def make_loss(blue: Blueprint) -> Callable[[Any, Any, Batch, jax.Array | None], 
     """`loss(params, buffers, batch, key) -> (loss, (metrics, buffers))` under the plan: the model in its compute dtype,
     activations laid out by the rules. Buffers change only where a key is given."""
     config, plan = blue.config.training, blue.plan
-    how = Execution(plan.remat, config.unroll)
+    how = Execution(plan.remat, config.unroll, config.attention)
     dtype = jnp.dtype(config.compute_dtype)
 
     def loss(params: Any, buffers: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, tuple[Metrics, Any]]:

@@ -140,7 +140,7 @@ def by_blocks(
 ) -> jax.Array:
     """Rows ordered by expert, each expert's padded to whole blocks, and a copy of its kernels for each block.
 
-    On a CPU, for 8 experts of which 2 are taken, a third of the time of `by_ragged_dot` with gradients.
+    On a CPU, for 8 experts of which 2 are taken, a fifth of the time of `by_ragged_dot`, and with gradients a third.
     """
     A, E = expert_A.size, size_E.size
     R = max(1, min(BLOCK, A // (4 * E)))  # padding is R / 2 rows an expert, so an eighth at most

@@ -196,7 +196,7 @@ PRESETS: dict[str, VAEConfig | VQConfig | KLAutoencoderConfig] = {
     "vq-digits": VQConfig(block_channels=(64,), residual_blocks=1, codes=64, latent_dim=16, **_DIGITS),
     "fsq-digits": VQConfig(block_channels=(64,), residual_blocks=1, quantizer="fsq", fsq_levels=(5, 4, 3), **_DIGITS),
     "kl-digits": KLAutoencoderConfig(
-        latent_channels=2, block_channels=(32, 64), layers_per_block=1, groups=8, kl_weight=1e-4, **_DIGITS
+        latent_channels=2, block_channels=(32, 64), layers_per_block=1, groups=8, kl_weight=3e-3, **_DIGITS
     ),
     "vae-cifar": VAEConfig(),
     # Rombach et al. 2022 (arXiv:2112.10752), as Stable Diffusion 1 and 2 use it: 83,653,863 parameters

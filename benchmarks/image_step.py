@@ -1,0 +1,198 @@
+"""One training step of an image model (forward, backward, AdamW): ours, bare JAX and PyTorch, in turn.
+
+Before anything is timed, all must compute the same loss of the same random numbers, and ours and bare JAX the same norm
+of the gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+import bare_images
+import interleave
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import setups
+from train_step import ADAMW, Variant, check_equal, measured
+
+from artifex.config import Config
+from artifex.models.diffusion.networks import UNET
+from artifex.scaling.plan import Plan
+from artifex.training.state import Blueprint, TrainState, blueprint
+from artifex.training.step import make_loss, make_step
+
+RATE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A preset with other sizes, the images of a step, and the dtype of compute."""
+
+    preset: str
+    overrides: dict[str, Any]
+    batch: int
+    dtype: str = "float32"
+
+
+SETUPS = {
+    "dit": Setup("dit-s2", {}, batch=8),
+    "unet": Setup("ddpm-cifar", {"network": dataclasses.asdict(UNET["unet-32"])}, batch=16),
+    "vae": Setup("vae-cifar", {}, batch=64),
+}
+SMALL = {
+    "dit": Setup("dit-s2", {"network": {"image_size": 8, "embed_dim": 48, "num_layers": 2, "num_heads": 2}}, batch=2),
+    "unet": Setup(
+        "ddpm-cifar",
+        {"network": {"image_size": 8, "block_channels": (32, 64), "head_dim": 32, "layers_per_block": 1}},
+        batch=2,
+    ),
+    "vae": Setup("vae-cifar", {"image_size": 8, "block_channels": (8, 16), "latent_dim": 4}, batch=2),
+}
+GPU = {
+    "dit": Setup("dit-b2", {}, batch=128, dtype="bfloat16"),
+    "unet": Setup("ddpm-cifar", {}, batch=128, dtype="bfloat16"),
+    "vae": Setup("vae-cifar", {}, batch=1_024, dtype="bfloat16"),
+}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("models", nargs="*", help=f"any of {', '.join(SETUPS)}; all of them without")
+    size = options.add_mutually_exclusive_group()
+    size.add_argument("--small", action="store_true", help="a few seconds, to see that it runs")
+    size.add_argument("--gpu", action="store_true", help="larger, in bfloat16, on an accelerator")
+    options.add_argument("--rounds", type=int, default=7, help="times that each variant is timed")
+    options.add_argument("--no-torch", dest="torch", action="store_false", help="leave out PyTorch")
+    args = options.parse_args()
+    print(setups.machine())
+    for name in args.models or SETUPS:
+        if name not in SETUPS:
+            options.error(f"{name!r} is unknown; choose any of {', '.join(SETUPS)}")
+        compare(name, (SMALL if args.small else GPU if args.gpu else SETUPS)[name], args.rounds, args.torch)
+
+
+def compare(name: str, setup: Setup, rounds: int, with_torch: bool) -> None:
+    """Time all variants of one model."""
+    print(f"\n{name}: {setup}")
+    blue = our_blueprint(setup)
+    state, rows = rough_state(blue), batch(setup, blue)
+    params = jax.device_get(state.params)
+    model = bare_model(setup, blue)
+    variants = {"ours": ours(blue, state, rows), "bare JAX": bare_jax(name, setup, model, params, rows)}
+    if with_torch:
+        variants |= pytorch(blue, setup, params, rows, jax.device_get(model.draw(rows)))
+    check_equal(variants, 1e-5 if setup.dtype == "float32" else 2e-2)
+
+    seconds = interleave.interleave({key: variant.call for key, variant in variants.items()}, rounds)
+    print(interleave.table(seconds, setup.batch, "images"))
+    for kind in ("bare JAX", "PyTorch") if with_torch else ("bare JAX",):
+        print(interleave.ratio(seconds, "ours", interleave.best(seconds, kind)))
+
+
+def our_blueprint(setup: Setup) -> Blueprint:
+    """A run of the package on one device: constant learning rate, no clipping."""
+    optimizer = {
+        "name": "adamw",
+        "learning_rate": RATE,
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "clip_norm": None,
+        "beta1": ADAMW["b1"],
+        "beta2": ADAMW["b2"],
+        "eps": ADAMW["eps"],
+        "weight_decay": ADAMW["weight_decay"],
+    }
+    config = Config.from_dict(
+        {
+            "model": {"name": setup.preset, **setup.overrides},
+            "data": {"source": "digits"},
+            "training": {"batch_size": setup.batch, "compute_dtype": setup.dtype},
+            "optimizer": optimizer,
+        }
+    )
+    plan = Plan.from_device(config.device, 1)
+    return blueprint(config, plan, plan.make_mesh(jax.devices()[:1]))
+
+
+def rough_state(blue: Blueprint) -> TrainState:
+    """A fresh state with all parameters moved a little: those that start at 0 would hide what is behind them."""
+    state, draw = blue.init(), np.random.default_rng(0)
+    moved = jax.tree.map(lambda a: a + 0.02 * draw.standard_normal(a.shape, np.float32), jax.device_get(state.params))
+    return dataclasses.replace(state, params=jax.device_put(moved, blue.shardings.params))
+
+
+def batch(setup: Setup, blue: Blueprint) -> dict[str, jax.Array]:
+    """Random images of 256 levels, and labels where the model has classes."""
+    spec, draw = blue.config.model.spec(), np.random.default_rng(0)
+    shape = (setup.batch, spec.image_size, spec.image_size, spec.channels)
+    rows = {"image": (draw.integers(0, 256, shape) / 127.5 - 1).astype(np.float32)}
+    if spec.num_classes:
+        rows["label"] = draw.integers(0, spec.num_classes, setup.batch, dtype=np.int32)
+    return jax.device_put(rows, blue.batch_sharding(rows))
+
+
+def bare_model(setup: Setup, blue: Blueprint) -> bare_images.Model:
+    """The same computation in bare JAX."""
+    spec = blue.config.model.spec()
+    if setup.preset.startswith("vae"):
+        return bare_images.vae(spec.latent_dim, spec.levels, setup.dtype)
+    net, flash = spec.network, setup.dtype == "bfloat16" and jax.default_backend() == "gpu"
+    if setup.preset.startswith("dit"):
+        predict = bare_images.dit(net.num_heads, net.patch_size, flash)
+    else:
+        # cuDNN's attention takes heads of up to 128 features
+        flash = flash and net.head_dim is not None and net.head_dim <= 128
+        predict = bare_images.unet(net.head_dim, net.groups, net.norm_eps, flash)
+    return bare_images.diffusion(predict, setup.dtype, net.num_classes)
+
+
+def ours(blue: Blueprint, state: TrainState, rows: dict[str, jax.Array]) -> Variant:
+    step, loss = make_step(blue), make_loss(blue)
+    state = jax.tree.map(jnp.copy, state)
+    found = measured(lambda params: loss(params, state.buffers, rows, None)[0], state.params)
+
+    def call() -> jax.Array:
+        nonlocal state
+        state, metrics = step(state, rows)
+        return metrics["loss"]
+
+    return Variant(call, *found)
+
+
+def bare_jax(name: str, setup: Setup, model: bare_images.Model, params: Any, rows: dict[str, jax.Array]) -> Variant:
+    params, rows = jax.device_put((params.get("network", params), jax.device_get(rows)))
+    params = bare_images.dit_from_model(params) if name == "dit" else params
+    found = measured(lambda params: model.loss(params, rows, model.draw(rows)), params)
+    optimizer = optax.adamw(RATE, **ADAMW)
+    step, state = bare_images.make_step(model, optimizer), (optimizer.init(params), jax.random.key(0))
+
+    def call() -> jax.Array:
+        nonlocal params, state
+        params, state, value = step(params, state, rows)
+        return value
+
+    return Variant(call, *found)
+
+
+def pytorch(blue: Blueprint, setup: Setup, params: Any, rows: dict[str, jax.Array], drawn: Any) -> dict[str, Variant]:
+    """With channels first, and last; a transformer has no use for the latter."""
+    import pytorch_images
+
+    variants = {}
+    layouts = {"PyTorch": False} | ({} if setup.preset.startswith("dit") else {"PyTorch, channels last": True})
+    for key, last in layouts.items():
+        model = blue.model(dataclasses.replace(rough_state(blue), params=params))
+        module = pytorch_images.build(model, params)
+        step, loss = pytorch_images.make_step(
+            module, jax.device_get(rows), setup.dtype, RATE, ADAMW, channels_last=last
+        )
+        variants[key] = Variant(step, loss(drawn))
+    return variants
+
+
+if __name__ == "__main__":
+    main()
