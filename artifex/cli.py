@@ -109,16 +109,16 @@ def options(model_name: str) -> list[Option]:
         for name, field in section.model_fields.items():
             found.append(Option((key, name), field.annotation, field.description or ""))
         if section is ModelConfig:
-            found += _fields(models.PRESETS[model_name], (key,))
+            found += fields_of(models.PRESETS[model_name], (key,))
     return found
 
 
-def _fields(base: Any, key: tuple[str, ...]) -> list[Option]:
+def fields_of(base: Any, key: tuple[str, ...]) -> list[Option]:
     """The fields of a frozen configuration, and those of the configurations it holds."""
     found, comments = [], _comments(type(base))
     for name, kind in field_types(type(base)).items():
         if dataclasses.is_dataclass(part := getattr(base, name)):
-            found += _fields(part, (*key, name))
+            found += fields_of(part, (*key, name))
         elif kind is not Any:
             found.append(Option((*key, name), kind, comments.get(name, "")))
     return found
@@ -135,7 +135,7 @@ def value_of(config: Config, option: Option) -> Any:
 def kind_of(annotation: Any) -> str:
     """The values an option takes: `INT`, `FLOAT|none`, `cosine|linear|constant`."""
     if typing.get_origin(annotation) is Literal:
-        return "|".join(typing.get_args(annotation))
+        return "|".join(map(str, typing.get_args(annotation)))
     if typing.get_origin(annotation) is tuple:
         return " ".join("..." if part is ... else kind_of(part) for part in typing.get_args(annotation))
     members = _members(annotation)

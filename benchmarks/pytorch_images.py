@@ -122,7 +122,8 @@ def _vae_weights(params: Tree) -> dict[str, torch.Tensor]:
 
 def build(ours: Any, params: Tree) -> torch.nn.Module:
     """The module of our `Diffusion` or `VAE`, whose parameters are `params`, on the GPU where there is one."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    # PyTorch's own choice is the physical cores; XLA takes all those that the process may run on
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     module = VAE(ours, params) if type(ours).__name__ == "VAE" else Diffusion(ours)
     return module.to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from pathlib import Path
 
 from artifex import models
-from artifex.cli import Option, kind_of, options, text_of, value_of
+from artifex.cli import Option, fields_of, kind_of, options, text_of, value_of
 from artifex.config import Config, sections
 from artifex.config_model import ModelConfig
 
@@ -105,15 +106,37 @@ def page() -> str:
 
 
 def _family(family: type) -> list[str]:
-    names = [name for name, spec in models.PRESETS.items() if type(spec) is family]
-    fields = [option for option in options(names[0]) if option.key[0] == "model" and option.key != ("model", "name")]
-    rows = [f"| `{'.'.join(option.key[1:])}` | {_values(option)} | {_cell(option.help)} |" for option in fields]
+    specs = {name: spec for name, spec in models.PRESETS.items() if type(spec) is family}
+    rows, parts = _rows(next(iter(specs.values()))), {}
+    for spec in specs.values():  # presets of one family may hold configurations of several kinds
+        for field in dataclasses.fields(spec):
+            if dataclasses.is_dataclass(part := getattr(spec, field.name)):
+                parts.setdefault((field.name, type(part)), part)
+    own = {type(spec) for spec in models.PRESETS.values()}
+    for field, kind in parts:
+        where = f"[{kind.__name__}](#{kind.__name__.lower()})" if kind in own else f"{kind.__name__}, below"
+        rows.append(f"| `{field}.` ... | | a field of {where} |")
+    tables = [
+        f"Fields of `{field}` where it is a {kind.__name__}:\n\n" + "\n".join([*HEAD, *_rows(part)])
+        for (field, kind), part in parts.items()
+        if kind not in own
+    ]
     return [
         f"#### {family.__name__}",
         (inspect.getdoc(family) or "").splitlines()[0],
-        f"Presets: {', '.join(f'`{name}`' for name in names)}.",
-        "\n".join(["| field | values | meaning |", "| --- | --- | --- |", *rows]),
+        f"Presets: {', '.join(f'`{name}`' for name in specs)}.",
+        "\n".join([*HEAD, *rows]),
+        *tables,
     ]
+
+
+HEAD = ["| field | values | meaning |", "| --- | --- | --- |"]
+
+
+def _rows(spec: object) -> list[str]:
+    """A row for each plain field of a frozen configuration."""
+    found = [option for option in fields_of(spec, ()) if len(option.key) == 1]
+    return [f"| `{option.key[0]}` | {_values(option)} | {_cell(option.help)} |" for option in found]
 
 
 def _table(fields: list[Option], defaults: Config) -> str:

@@ -1,16 +1,18 @@
 """Configuration files: the hostile and the hasty are answered in one line, and those we ship say what they should."""
 
+import dataclasses
 import os
 import random
 import re
 import runpy
 import sys
-import typing
 from pathlib import Path
 
 import pytest
 import yaml
 
+from artifex import models
+from artifex.cli import fields_of
 from artifex.config import Config, DeviceConfig, TrainingConfig, sections
 from artifex.config_io import MAX_BYTES, ConfigError
 from artifex.models.transformer.config import DecoderConfig
@@ -267,8 +269,13 @@ def test_the_reference_page_is_what_its_generator_gives():
     page = runpy.run_path(str(ROOT / "docs/_generate_config_reference.py"))["page"]()
     assert (ROOT / "docs/configuration.md").read_text() == page, "run python docs/_generate_config_reference.py"
     fields = [field for section in sections().values() for field in section.model_fields]
-    fields += typing.get_type_hints(DecoderConfig)
+    fields += [field.name for field in dataclasses.fields(DecoderConfig)]
     assert [field for field in fields if f"\n| `{field}` |" not in page] == []
+
+
+@pytest.mark.parametrize("preset", models.list_models())
+def test_every_field_of_a_preset_is_an_option_with_words_of_its_own(preset):
+    assert [option.flag for option in fields_of(models.PRESETS[preset], ("model",)) if not option.help] == []
 
 
 def test_the_reference_pages_python_runs(tmp_path, monkeypatch):

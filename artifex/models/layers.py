@@ -29,7 +29,7 @@ def parameter(value: jax.Array, *names: str) -> nnx.Param:
     """A parameter whose metadata names each dim of `value` by the vocabulary of `artifex.scaling.axes`."""
     axes.check_names(names, value.shape, "parameter")
     # eager_sharding off: a model is built, abstractly or not, without any mesh at hand
-    return nnx.Param(value, out_sharding=names, eager_sharding=False)
+    return nnx.Param(_strong(value), out_sharding=names, eager_sharding=False)
 
 
 class Buffer(nnx.Variable):
@@ -42,7 +42,7 @@ class Buffer(nnx.Variable):
 def buffer(value: jax.Array, *names: str) -> Buffer:
     """A `Buffer` whose metadata names each dim of `value`, as `parameter` does."""
     axes.check_names(names, value.shape, "buffer")
-    return Buffer(value, out_sharding=names, eager_sharding=False)
+    return Buffer(_strong(value), out_sharding=names, eager_sharding=False)
 
 
 def freeze(module: nnx.Module) -> nnx.Module:
@@ -197,6 +197,11 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
         return x
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
+
+
+def _strong(value: jax.Array) -> jax.Array:
+    """`value` with a dtype of its own: a step would trace once more for one that was only implied, as by `jnp.full`."""
+    return jax.lax.convert_element_type(value, value.dtype)
 
 
 def _item(node: Any, key: Any) -> Any:

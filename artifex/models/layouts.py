@@ -10,9 +10,10 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 Shape = tuple[int, ...]
 
@@ -70,6 +71,8 @@ class Entry:
 
     def split(self, theirs: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
         """Ours of `shapes` as views of theirs."""
+        import numpy as np
+
         turned = theirs if self.transpose is None else theirs.transpose(self.transpose)
         ends = list(itertools.accumulate(self._merged(shape)[-1] for shape in shapes)) if len(shapes) > 1 else []
         parts = np.split(turned, ends[:-1], axis=-1) if ends else [turned]
@@ -77,6 +80,8 @@ class Entry:
 
     def join(self, ours: Sequence[np.ndarray]) -> np.ndarray:
         """Theirs, of ours without their leading dims: the inverse of `split`."""
+        import numpy as np
+
         parts = [part.reshape(self._merged(part.shape)) for part in ours]
         turned = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
         return turned if self.transpose is None else turned.transpose(np.argsort(self.transpose))

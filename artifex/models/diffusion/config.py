@@ -31,9 +31,7 @@ class DiffusionConfig:
     process: Literal["ddpm_linear", "ddpm_cosine", "edm", "flow"] = "flow"  # how data becomes noise
     prediction: Literal["x0", "eps", "v", "velocity", "edm"] = "velocity"  # what the network puts out
     weighting: Literal["simple", "min_snr", "edm"] = "simple"  # of squared errors over time
-    training_times: Literal["uniform", "logit_normal", "log_normal"] = (
-        "uniform"  # distribution of the times in training
-    )
+    training_times: Literal["uniform", "logit_normal", "log_normal"] = "uniform"  # how times are drawn in training
     sigma_data: float = 0.5  # standard deviation of the data, which the process, prediction and weighting "edm" expect
     sampler: Literal["ddpm", "ddim", "euler", "heun", "dpm_solver_pp_2m"] = "heun"  # how noise becomes data
     sampling_steps: int = 20  # steps of the sampler; heun calls the network twice a step, the others once
