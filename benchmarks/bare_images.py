@@ -139,7 +139,7 @@ def dit(heads: int, patch: int, flash: bool = False) -> Callable:
         if flash:
             mixed = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
         else:
-            mixed = attend(*(part.swapaxes(1, 2) for part in (q, k, v)), SEEN).swapaxes(1, 2)
+            mixed = attend(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), SEEN).swapaxes(1, 2)
         x_BTD = x_BTD + gate[:, None] * linear(mixed.reshape(B, T, D), p["out"])
         hidden = jax.nn.gelu(linear(modulated(x_BTD, mlp_shift, mlp_scale), p["up"]), approximate=True)
         return x_BTD + mlp_gate[:, None] * linear(hidden, p["down"])
@@ -210,8 +210,8 @@ def group_norm(x_BHWC: jax.Array, p: Tree, groups: int, eps: float) -> jax.Array
     return y.reshape(x_BHWC.shape).astype(x_BHWC.dtype)
 
 
-def unet(head_dim: int, groups: int, eps: float, flash: bool = False) -> Callable:
-    """`predict(params, x, t, label)` of DDPM's UNet; `flash`: attention by cuDNN."""
+def unet(head_dim: int | None, groups: int, eps: float, flash: bool = False) -> Callable:
+    """`predict(params, x, t, label)` of DDPM's UNet; without `head_dim` one head, `flash`: attention by cuDNN."""
     norm = functools.partial(group_norm, groups=groups, eps=eps)
 
     def resnet(x_BHWC: jax.Array, p: Tree, c_BE: jax.Array) -> jax.Array:
@@ -224,11 +224,11 @@ def unet(head_dim: int, groups: int, eps: float, flash: bool = False) -> Callabl
         x = norm(x_BHWC, p["norm"]).reshape(B, H * W, C)
         parts = (p["query"], p["key"], p["value"])
         joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *parts)
-        q, k, v = (part.reshape(B, H * W, -1, head_dim) for part in jnp.split(linear(x, joined), 3, axis=-1))
+        q, k, v = (part.reshape(B, H * W, -1, head_dim or C) for part in jnp.split(linear(x, joined), 3, axis=-1))
         if flash:
             mixed = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
         else:
-            mixed = attend(*(part.swapaxes(1, 2) for part in (q, k, v)), SEEN).swapaxes(1, 2)
+            mixed = attend(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), SEEN).swapaxes(1, 2)
         return x_BHWC + linear(mixed.reshape(B, H * W, C), p["out"]).reshape(x_BHWC.shape)
 
     def stage(x_BHWC: jax.Array, p: Tree, c_BE: jax.Array) -> jax.Array:

@@ -129,7 +129,7 @@ def batch(setup: Setup, blue: Blueprint) -> dict[str, jax.Array]:
     """Random images of 256 levels, and labels where the model has classes."""
     spec, draw = blue.config.model.spec(), np.random.default_rng(0)
     shape = (setup.batch, spec.image_size, spec.image_size, spec.channels)
-    rows = {"image": (draw.integers(0, 256, shape) / 127.5 - 1).astype(np.float32)}
+    rows: dict[str, Any] = {"image": (draw.integers(0, 256, shape) / 127.5 - 1).astype(np.float32)}
     if spec.num_classes:
         rows["label"] = draw.integers(0, spec.num_classes, setup.batch, dtype=np.int32)
     return jax.device_put(rows, blue.batch_sharding(rows))

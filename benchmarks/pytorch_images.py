@@ -23,11 +23,11 @@ class Diffusion(torch.nn.Module):
 
     def __init__(self, ours: Any):
         super().__init__()
-        kinds = {"DiT": diffusers.DiTTransformer2DModel, "UNet": diffusers.UNet2DModel}
         kind = type(ours.network).__name__
+        theirs = getattr(diffusers, {"DiT": "DiTTransformer2DModel", "UNet": "UNet2DModel"}[kind])
         with tempfile.TemporaryDirectory() as folder:
             save_pretrained(folder, ours.network, layout="huggingface")
-            self.network = kinds[kind].from_pretrained(folder, low_cpu_mem_usage=False)
+            self.network = theirs.from_pretrained(folder, low_cpu_mem_usage=False)
         self.labelled = kind == "DiT"
         log_a = torch.cumsum(torch.log1p(-torch.linspace(1e-4, 0.02, 1_000, dtype=torch.float64)), 0)
         self.register_buffer("signal", torch.exp(0.5 * log_a).float())
@@ -39,7 +39,7 @@ class Diffusion(torch.nn.Module):
         return {"time": time, "eps": torch.randn_like(image)}
 
     def forward(self, image: torch.Tensor, label: Any, time: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-        signal, noise = (table[time][:, None, None, None] for table in (self.signal, self.noise))
+        signal, noise = (self.get_buffer(name)[time][:, None, None, None] for name in ("signal", "noise"))
         condition = {"class_labels": label} if self.labelled else {}
         y = self.network(signal * image + noise * eps, timestep=time, **condition).sample
         return F.mse_loss(y[:, : image.shape[1]].float(), eps)

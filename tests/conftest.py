@@ -13,7 +13,7 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # is left: XLA waits 60 s and aborts. NPROC sets the size of the pool; four steps ahead of eight devices fit into 32.
 os.environ["NPROC"] = "32"
 
-import jax  # noqa: E402
+import jax
 
 # Compiling is most of the tests' time, and unoptimised it is half. Processes that tests start, and notebooks, which
 # train for longer, are compiled as usual.

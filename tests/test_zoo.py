@@ -33,6 +33,7 @@ ZOO = {
     "masked-nano": {"decoder": {"embed_dim": 64, "num_layers": 2, "mlp_dim": 128}},
     "vae-digits": {},
     "beta-vae-digits": {},
+    "bernoulli-vae-digits": {},
     "vq-digits": {},
     "fsq-digits": {},
     "kl-digits": {},
@@ -110,7 +111,7 @@ def test_loss_falls_in_thirty_steps_on_real_data(alone):
 
 
 def test_validation_is_the_same_each_time(alone):
-    preset, blue, state, _ = alone
+    _, blue, state, _ = alone
     evaluate = make_evaluate(blue)
     batch = batches(blue.config.model.reads)[0]
     first, second = evaluate(state, batch), evaluate(state, batch)
@@ -140,7 +141,7 @@ def test_training_on_a_mesh_equals_one_device(alone, mesh, tmp_path):
 
 
 def test_a_sample_has_its_shape_and_is_a_function_of_the_key(alone):
-    preset, blue, state, _ = alone
+    _, blue, state, _ = alone
     model = blue.model(state)
 
     def draw(seed):
@@ -158,7 +159,7 @@ def test_a_sample_has_its_shape_and_is_a_function_of_the_key(alone):
 
 
 def test_bfloat16_stays_near_float32(alone):
-    preset, blue, state, _ = alone
+    _, blue, state, _ = alone
     batch = batches(blue.config.model.reads)[1]
 
     @jax.jit

@@ -129,7 +129,7 @@ def read_dataset(folder: Path) -> Source:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{folder} is no dataset that the datasets library opens: {reason}") from error
-    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    splits: dict[str, Any] = dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     if "train" not in splits:
         raise ValueError(f"dataset {folder} has the splits {', '.join(splits)}; expected train")
     held_out = next((splits[name] for name in ("validation", "test") if name in splits), None)

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 def _latent(diffusion: str, autoencoder: str, image_size: int, **more: int) -> _diffusion.DiffusionConfig:
     """A diffusion model over the latents of an autoencoder, its network as large as the latents are."""
-    of = dataclasses.replace(_vae.PRESETS[autoencoder], image_size=image_size)
+    of = _vae.PRESETS[autoencoder]
+    assert isinstance(of, _vae.KLAutoencoderConfig), f"{autoencoder} has no continuous latents"
+    of = dataclasses.replace(of, image_size=image_size)
     base = _diffusion.PRESETS[diffusion]
     channels = {"in_channels": of.latent_channels, "out_channels": of.latent_channels}
     if base.network.out_channels == 2 * base.network.in_channels:  # beside the prediction, a variance

@@ -31,7 +31,8 @@ def make_loss(blue: Blueprint) -> Callable[[Any, Any, Batch, jax.Array | None], 
         with activation_rules(plan.rules, blue.mesh), execution(how):
             model = nnx.merge(blue.graphdef, jax.tree.map(lambda value: value.astype(dtype), params), buffers)
             value, metrics = model.loss(batch, None if key is None else nnx.Rngs(key))
-            return value, (metrics, nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[2]))
+            _, _, rest = nnx.split(model, nnx.Param, ...)
+            return value, (metrics, nnx.to_pure_dict(rest))
 
     return loss
 

@@ -37,10 +37,17 @@ class Task(Protocol):
     Batches hold this process's rows.
     """
 
-    noun: str
-    per_step: int
-    fingerprint: str
-    source: str
+    @property
+    def noun(self) -> str: ...
+
+    @property
+    def per_step(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def source(self) -> str: ...
 
     def describe(self) -> str:
         """One line on what there is to learn from."""
@@ -85,8 +92,9 @@ def open_task(config: Config, folder: RunFolder) -> Task:
 def batch_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of each array of the global batch of `config`; reads no data."""
     rows, spec = config.training.batch_size, config.model.spec()
+    shapes: dict[str, tuple[tuple[int, ...], str]]
     if config.model.reads == "text":
         shape = (rows, config.data.sequence_length)
         return {"tokens": (shape, "int32"), "targets": (shape, "int32")}
-    image = ((rows, spec.image_size, spec.image_size, spec.channels), "float32")
-    return {"image": image} | ({"label": ((rows,), "int32")} if spec.num_classes else {})
+    shapes = {"image": ((rows, spec.image_size, spec.image_size, spec.channels), "float32")}
+    return shapes | ({"label": ((rows,), "int32")} if spec.num_classes else {})

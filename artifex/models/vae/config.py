@@ -30,12 +30,8 @@ class VAEConfig:
     residual_blocks: int = 0  # at the lowest resolution, in encoder and decoder each
     groups: int = 8  # of the group norms in residual blocks
     latent_dim: int = 128  # numbers in the latent vector
-    likelihood: Literal["gaussian", "bernoulli"] = (
-        "gaussian"  # of a pixel: Gaussian over levels, or (x + 1) / 2 as a probability
-    )
-    gaussian_std: float | None = (
-        None  # of the Gaussian, where pixels lie in [-1, 1]; none: learned, one for each channel
-    )
+    likelihood: Literal["gaussian", "bernoulli"] = "gaussian"  # of a pixel: by levels, or (x + 1) / 2 as a probability
+    gaussian_std: float | None = None  # of the Gaussian over [-1, 1]; none: learned, one for each channel
     levels: int = 256  # values a channel of the data can take, evenly from -1 to 1; for the Gaussian
     beta: float = 1.0  # factor of the KL divergence in the loss, at least 0
 
@@ -83,12 +79,7 @@ class VQConfig:
     commitment: float = 0.25  # factor of the distance between encoder output and entry in the loss; for vq
     ema_decay: float = 0.99  # of the running counts and means, from 0 to below 1
     revive_below: float = 0.1  # entries used less than this fraction of the mean use are replaced; 0: never; for vq
-    fsq_levels: tuple[int, ...] = (
-        8,
-        5,
-        5,
-        5,
-    )  # values of each latent number, at least 2; their product counts the codes; for fsq
+    fsq_levels: tuple[int, ...] = (8, 5, 5, 5)  # values of each number of a code, their product the codes; for fsq
 
     def __post_init__(self) -> None:
         _positive(self, "image_size", "channels", "groups", "codes", "latent_dim")
@@ -191,7 +182,11 @@ PRESETS: dict[str, VAEConfig | VQConfig | KLAutoencoderConfig] = {
     # scikit-learn's digits: 8x8 pixels of 17 levels
     "vae-digits": VAEConfig(block_channels=(32, 64), residual_blocks=1, latent_dim=16, levels=17, **_DIGITS),
     "beta-vae-digits": VAEConfig(
-        block_channels=(32, 64), residual_blocks=1, latent_dim=16, likelihood="bernoulli", beta=4.0, **_DIGITS
+        block_channels=(32, 64), residual_blocks=1, latent_dim=16, levels=17, beta=4.0, **_DIGITS
+    ),
+    # grey pixels leave a Bernoulli few nats to win: at beta 4 its latent would say nothing
+    "bernoulli-vae-digits": VAEConfig(
+        block_channels=(32, 64), residual_blocks=1, latent_dim=16, likelihood="bernoulli", **_DIGITS
     ),
     "vq-digits": VQConfig(block_channels=(64,), residual_blocks=1, codes=64, latent_dim=16, **_DIGITS),
     "fsq-digits": VQConfig(block_channels=(64,), residual_blocks=1, quantizer="fsq", fsq_levels=(5, 4, 3), **_DIGITS),
