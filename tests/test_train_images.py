@@ -1,0 +1,169 @@
+"""Runs of image models: what they write, how they go on, the frozen part, and pictures from the command line."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from artifex import sample, train
+from artifex.config import Config
+from artifex.models.weights import from_pretrained
+from artifex.scaling.checkpoints import Checkpoints
+from artifex.training.state import blueprint
+
+pytest.importorskip("sklearn", reason="the digits need: pip install -e '.[images]'")
+
+UNET = {
+    "name": "unet-digits",
+    "network": {"block_channels": [8, 8], "layers_per_block": 1, "attention_levels": [], "mid_attention": False},
+    "sampler": "euler",
+    "sampling_steps": 2,
+}
+KL = {"name": "kl-digits", "block_channels": [8, 8], "mid_attention": False}
+LATENT = {
+    "name": "latent-dit-digits",
+    "network": {"embed_dim": 16, "num_layers": 1, "num_heads": 2},
+    "autoencoder": {"block_channels": [8, 8], "mid_attention": False, "latent_scale": 0.5},
+    "sampler": "euler",
+    "sampling_steps": 2,
+}
+
+
+def config(model: dict, steps: int = 4, **training) -> Config:
+    return Config.from_dict(
+        {
+            "model": model,
+            "data": {"source": "digits", "validation_fraction": 0.2},
+            "training": {"steps": steps, "batch_size": 16, "sample_images": 20, "score_images": 0, **training},
+            "optimizer": {"name": "adamw", "learning_rate": 1e-3, "warmup_steps": 1},
+            "checkpoint": {"every": 2},
+            "logging": {"every": 1, "progress": False},
+            "device": {"data": 8},
+        }
+    )
+
+
+def records(folder, split: str) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["split"] == split]
+
+
+def state_of(folder, cfg: Config, step: int):
+    plan = train.plan_of(cfg, jax.device_count())
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        return jax.device_get(checkpoints.restore(step, blueprint(cfg, plan, plan.make_mesh()).state))
+
+
+@pytest.fixture(scope="module")
+def unet(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unet") / "run"
+    return train.train(config(UNET, score_images=30), folder)
+
+
+@pytest.fixture(scope="module")
+def kl(tmp_path_factory):
+    return train.train(config(KL, 2), tmp_path_factory.mktemp("kl") / "run")
+
+
+def test_an_image_run_writes_grids_scores_and_weights(unet):
+    assert [record["images"] for record in records(unet, "train")] == [16, 32, 48, 64]
+    assert sorted(path.name for path in (unet / "samples").iterdir()) == [
+        "final.png",
+        "step-0000002.png",
+        "step-0000004.png",
+    ]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in [*(unet / "samples").iterdir(), unet / "loss.png"])
+    (scores,) = records(unet, "samples")
+    assert 0 <= scores["accuracy"] <= 1 and scores["frechet_digits"] > 0
+    assert from_pretrained(unet / "weights").cfg.network.block_channels == (8, 8)
+
+
+def test_an_autoencoders_run_shows_its_reconstructions(kl):
+    assert (kl / "samples" / "step-0000002-reconstructions.png").exists()
+    (validation,) = records(kl, "validation")
+    assert validation["targets"] == 20 * 16 and {"mse", "kl", "latent_std"} <= validation.keys()
+
+
+def test_resuming_is_bitwise_with_a_codebook_that_no_gradient_reaches(tmp_path):
+    cfg = config({"name": "vq-digits", "block_channels": [8], "groups": 4, "codes": 8, "latent_dim": 4})
+    train.train(cfg, tmp_path / "whole")
+    cfg.training.steps = 2
+    train.train(cfg, tmp_path / "parts")
+    cfg.training.steps = 4
+    train.train(cfg, tmp_path / "parts")
+    whole, parts = (state_of(tmp_path / name, cfg, 4) for name in ("whole", "parts"))
+    assert jax.tree.leaves(whole.buffers)
+    jax.tree.map(np.testing.assert_array_equal, whole.params, parts.params)
+    jax.tree.map(np.testing.assert_array_equal, whole.buffers, parts.buffers)
+
+
+def test_the_frozen_autoencoder_is_the_trained_one_and_stays_it(kl, tmp_path):
+    folder = train.train(config(LATENT | {"autoencoder_weights": str(kl / "weights")}), tmp_path / "latent")
+    frozen = nnx.to_pure_dict(nnx.state(from_pretrained(folder / "weights").autoencoder))
+    trained = nnx.to_pure_dict(nnx.state(from_pretrained(kl / "weights")))
+    assert jax.tree.structure(frozen) == jax.tree.structure(trained)
+    jax.tree.map(np.testing.assert_array_equal, frozen, trained)
+    drawn = sample.load(folder).sample(jax.random.key(0), count=3)
+    assert drawn.shape == (3, 8, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "autoencoder_weights is empty"),
+        ({"autoencoder_weights": "{unet}/weights"}, "holds a model of DiffusionConfig, expected KLAutoencoderConfig"),
+        (
+            {"autoencoder_weights": "{kl}/weights", "autoencoder": {"block_channels": [8, 16], "mid_attention": False}},
+            r"block_channels is \(8, 8\) there and \(8, 16\) here",
+        ),
+    ],
+)
+def test_an_autoencoder_that_is_missing_or_another_is_refused(kl, unet, tmp_path, changes, message):
+    given = {
+        name: value.format(kl=kl, unet=unet) if isinstance(value, str) else value for name, value in changes.items()
+    }
+    with pytest.raises(ValueError, match=message):
+        train.train(config(LATENT | given), tmp_path / "latent")
+
+
+def test_classes_and_levels_other_than_the_datas_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"made for 3 classes, but digits has 10; set model.network.num_classes=10"):
+        train.train(config({"name": "unet-digits", "network": {"num_classes": 3}}), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"model.levels is 256, but a channel of digits has 17 values"):
+        train.train(config({"name": "vae-digits", "levels": 256}), tmp_path / "run")
+
+
+def test_the_command_line_draws_a_row_for_each_class(unet, tmp_path, capsys):
+    import matplotlib.image
+
+    out = tmp_path / "grid.png"
+    sample.main([str(unet), "--labels", "3", "7", "--num-samples", "5", "--guidance", "1.5", "--out", str(out)])
+    assert capsys.readouterr().out.strip() == f"{out}: 10 images, one row for each of 2 classes"
+    height, width, _ = matplotlib.image.imread(out).shape
+    assert width > 2 * height
+    before = out.read_bytes()
+    sample.main(
+        [str(unet / "weights"), "--labels", "3", "7", "--num-samples", "5", "--guidance", "1.5", "--out", str(out)]
+    )
+    assert out.read_bytes() == before, "the run and its weights draw the same"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "x"], "--prompt does not apply"),
+        (["--labels", "12"], "the model's classes are 0 to 9"),
+        (["--sampler", "eular"], "sampler 'eular' is unknown"),
+        (["--steps", "0"], "steps"),
+        (["--out", "nowhere/x.png"], "folder of --out nowhere/x.png does not exist"),
+        (["--out", "x.jpg"], "is no .png file"),
+        (["--num-samples", "0"], "num_samples is 0"),
+    ],
+)
+def test_drawing_answers_mistakes_with_one_line_and_code_2(unet, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        sample.main([str(unet), *arguments])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
