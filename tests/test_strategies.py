@@ -106,7 +106,7 @@ def test_fsdp_splits_the_batch_and_one_dim_of_every_weight():
     assert FSDP.get_partition_spec(("batch", "sequence", "hidden")) == P("fsdp", None, None)
     assert FSDP.get_partition_spec(("embed", "heads", "head_dim")) == P("fsdp", None, None)
     assert FSDP.get_partition_spec(("mlp", "embed")) == P(None, "fsdp")
-    splittable = set(WEIGHT_AXES) - {"layers", "kernel"}
+    splittable = set(WEIGHT_AXES) - {"layers", "kernel", "modulation"}
     assert {name for name in WEIGHT_AXES if FSDP.get_partition_spec((name,)) == P("fsdp")} == splittable
 
 

@@ -59,7 +59,11 @@ def state_of(folder, cfg: Config, step: int):
 @pytest.fixture(scope="module")
 def unet(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unet") / "run"
-    return train.train(config(UNET, score_images=30), folder)
+    jax.config.update("jax_disable_most_optimizations", False)  # the classifier that scores is trained for 500 steps
+    try:
+        return train.train(config(UNET, score_images=30), folder)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module")
