@@ -129,7 +129,8 @@ def read_dataset(folder: Path) -> Source:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{folder} is no dataset that the datasets library opens: {reason}") from error
-    splits: dict[str, Any] = dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    several = saved.items() if isinstance(saved, datasets.DatasetDict) else [("train", saved)]
+    splits: dict[str, Any] = {str(name): split for name, split in several}
     if "train" not in splits:
         raise ValueError(f"dataset {folder} has the splits {', '.join(splits)}; expected train")
     held_out = next((splits[name] for name in ("validation", "test") if name in splits), None)
