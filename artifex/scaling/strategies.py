@@ -131,18 +131,8 @@ class FSDPStrategy(ShardingStrategy):
 
     WEIGHTS: ClassVar[tuple[str, ...]] = (
         *("embed", "out_features", "in_features", "conv_out", "conv_in", "vocab", "mlp", "expert_mlp", "heads"),
-        *(
-            "kv_heads",
-            "latent",
-            "codes",
-            "classes",
-            "positions",
-            "head_dim",
-            "experts",
-            "condition",
-            "context",
-            "frequencies",
-        ),
+        *("kv_heads", "latent", "codes", "classes", "positions", "head_dim", "experts"),
+        *("condition", "context", "frequencies"),
     )
 
     def __post_init__(self) -> None:
