@@ -72,10 +72,11 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Answer what a user can mend, `ValueError` (so `ConfigError`) and `OSError`, with one line and exit code 2."""
+    """Answer what a user can mend with one line and exit code 2: `ValueError` (so `ConfigError`), `OSError`, and
+    `ImportError`, of a package that only some runs need."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         fail(str(error))
 
 

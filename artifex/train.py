@@ -121,10 +121,10 @@ def begin(blue: Blueprint, checkpoints: Checkpoints, task: Task) -> tuple[TrainS
     if step is None:
         return fresh_state(blue), 0, skipped
     saved = checkpoints.metadata(step)["data"]["fingerprint"]
-    if saved != task.fingerprint:
+    if saved != task.corpus.fingerprint:
         raise ValueError(
-            f"the data changed: step {step} was trained on fingerprint {saved[:12]}, {task.source} now has "
-            f"{task.fingerprint[:12]}; restore the data or choose another --run-dir"
+            f"the data changed: step {step} was trained on fingerprint {saved[:12]}, {task.corpus.source} now has "
+            f"{task.corpus.fingerprint[:12]}; restore the data or choose another --run-dir"
         )
     return checkpoints.restore(step, blue.state), step, [*skipped, f"resumed from step {step}"]
 
@@ -175,7 +175,9 @@ def fit(run: Run, report: Report) -> tuple[TrainState, int]:
                     meter.validated(step, *validate(state))
             if last or (every and step % every == 0):
                 with meter.aside():  # reads this step's metrics first: what is not finite is never saved
-                    run.checkpoints.save(step, state, {"data": {"fingerprint": task.fingerprint, "batches": step}})
+                    run.checkpoints.save(
+                        step, state, {"data": {"fingerprint": task.corpus.fingerprint, "batches": step}}
+                    )
                     task.look(blue.model(state), run.folder, step)
     batches.close()
     run.checkpoints.wait()
@@ -238,10 +240,13 @@ def summary(run: Run) -> str:
     """One line on what is trained, on what, and where."""
     import jax
 
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.state.params))
+    count, untrained = (
+        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(part)) for part in (run.state.params, run.state.buffers)
+    )
+    size = f"{count:,} parameters" + (f" and {untrained:,} numbers that no gradient reaches" if untrained else "")
     devices = jax.devices()
     kind = f"{len(devices)} {devices[0].device_kind} device{'s' if len(devices) > 1 else ''}"
-    return f"{run.config.model.name}, {count:,} parameters, on {run.task.describe()}; {kind}, {run.blue.plan}"
+    return f"{run.config.model.name}, {size}, on {run.task.corpus.describe()}; {kind}, {run.blue.plan}"
 
 
 def dry_run(config: Config) -> str:
@@ -270,6 +275,8 @@ def dry_run(config: Config) -> str:
         f"  parameters        {size_text(bytes_on_device(blue.state.params))}",
         f"  optimizer state   {size_text(bytes_on_device(blue.state.optimizer))}",
     ]
+    if jax.tree.leaves(blue.state.buffers):
+        lines.append(f"  buffers           {size_text(bytes_on_device(blue.state.buffers))}")
     if blue.state.ema is not None:
         lines.append(f"  average           {size_text(bytes_on_device(blue.state.ema))}")
     lines.append(f"  the step's own    {size_text(used.temp_size_in_bytes)}  (gradients and activations, by XLA)")

@@ -263,6 +263,7 @@ def test_a_printed_configuration_can_be_given_back(name, tmp_path):
     ("error", "line"),
     [
         (ValueError("mesh (2, 4) needs 8 devices,\n4 are present"), "mesh (2, 4) needs 8 devices, 4 are present"),
+        (ImportError("the digits need scikit-learn"), "the digits need scikit-learn"),
         (FileNotFoundError(2, "No such file or directory", "x.npy"), "[Errno 2] No such file or directory: 'x.npy'"),
     ],
 )

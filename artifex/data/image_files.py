@@ -236,5 +236,5 @@ def _pillow() -> types.ModuleType:
     try:
         import PIL.Image
     except ImportError as error:
-        raise ImportError(f"PNG and JPEG files need Pillow: pip install 'artifex[images]' ({error})") from error
+        raise ImportError(f"PNG and JPEG files need Pillow: pip install pillow ({error})") from error
     return PIL.Image

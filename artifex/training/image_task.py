@@ -56,23 +56,9 @@ class ImageTask:
         return cls(config, corpus)
 
     @property
-    def fingerprint(self) -> str:
-        """Of the images and labels."""
-        return self.corpus.fingerprint
-
-    @property
-    def source(self) -> str:
-        """As configured."""
-        return self.corpus.source
-
-    @property
     def per_step(self) -> int:
         """Images of one step."""
         return self.config.training.batch_size
-
-    def describe(self) -> str:
-        """One line on the images."""
-        return self.corpus.describe()
 
     def batches(self, start: int) -> Any:
         """Every image once an epoch, in the order of (seed, step), augmented as configured."""
@@ -113,9 +99,7 @@ class ImageTask:
         few = labels is not None and model.cfg.num_classes <= 2 * COLUMNS
         save_grid(images, folder.sample(step, ".png"), columns=model.cfg.num_classes if few else COLUMNS)
         if hasattr(model, "reconstruct"):
-            originals = next(self.validation())["image"][:PAIRS]
-            save = folder.sample(step, "-reconstructions.png")
-            pairs_grid(originals, np.asarray(model.reconstruct(originals)), save, columns=COLUMNS)
+            self._reconstructions(model, folder.sample(step, "-reconstructions.png"))
 
     def conclude(self, model: Any, folder: RunFolder, step: int) -> tuple[Metrics, list[str]]:
         """`final.png`: reconstructions, or samples above their nearest training images; and scores where labels are."""
@@ -132,12 +116,15 @@ class ImageTask:
         from artifex.evaluation.frechet import nearest_neighbours
 
         if hasattr(model, "reconstruct"):
-            images = next(self.validation())["image"][:PAIRS]
-            pairs_grid(images, np.asarray(model.reconstruct(images)), path, columns=COLUMNS)
+            self._reconstructions(model, path)
             return
         images, _ = self._draw(model, PAIRS, self.config.training.seed)
         known, _ = all_images(self.corpus.train, self.corpus.levels, most=NEIGHBOURS)
         pairs_grid(images, known[nearest_neighbours(images, known)], path, columns=COLUMNS)
+
+    def _reconstructions(self, model: Any, path: Path) -> None:
+        images = next(self.validation())["image"][:PAIRS]
+        pairs_grid(images, np.asarray(model.reconstruct(images)), path, columns=COLUMNS)
 
     def _scores(self, model: Any) -> dict[str, float]:
         from artifex.evaluation.frechet import judge, score_samples

@@ -30,28 +30,34 @@ class Score:
         return self.unit.replace(" ", "_")
 
 
+class Corpus(Protocol):
+    """A data set; `fingerprint` identifies its content."""
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def describe(self) -> str:
+        """One line on what there is to learn from."""
+        ...
+
+
 class Task(Protocol):
     """A data set opened for a configuration.
 
-    `noun` is what a step counts, "tokens" or "images", `per_step` how many of them; `fingerprint` identifies the data.
-    Batches hold this process's rows.
+    `noun` is what a step counts, "tokens" or "images", `per_step` how many of them. Batches hold this process's rows.
     """
+
+    @property
+    def corpus(self) -> Corpus: ...
 
     @property
     def noun(self) -> str: ...
 
     @property
     def per_step(self) -> int: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def source(self) -> str: ...
-
-    def describe(self) -> str:
-        """One line on what there is to learn from."""
-        ...
 
     def batches(self, start: int) -> Any:
         """An iterator, with `close()`, over the training batches from step `start` on."""

@@ -45,23 +45,9 @@ class TextTask:
         return cls(config, corpus)
 
     @property
-    def fingerprint(self) -> str:
-        """Of every token."""
-        return self.corpus.fingerprint
-
-    @property
-    def source(self) -> str:
-        """As configured."""
-        return self.corpus.source
-
-    @property
     def per_step(self) -> int:
         """Targets of one step."""
         return self.config.training.batch_size * self.config.data.sequence_length
-
-    def describe(self) -> str:
-        """One line on the corpus."""
-        return self.corpus.describe()
 
     def batches(self, start: int) -> Any:
         """Windows in the order of (seed, step)."""

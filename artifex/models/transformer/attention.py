@@ -32,23 +32,30 @@ class Cache(NamedTuple):
         return Cache(put(self.key_BKSH, key_BKTH, start, 2), put(self.value_BKSH, value_BKTH, start, 2))
 
 
-class Attention(nnx.Module):
-    """`dot_product_attention` between projections; a layer with a `window` sees the newest keys alone."""
-
-    def __init__(self, cfg: DecoderConfig, *, window: int | None = None, rngs: nnx.Rngs):
-        self.cfg, self.window = cfg, window
-        query, key = (cfg.embed_dim, cfg.num_heads, cfg.per_head), (cfg.embed_dim, cfg.kv_heads, cfg.per_head)
-        self.query = layers.Linear(query, ("embed", "heads", "head_dim"), bias=cfg.bias, rngs=rngs)
-        self.key = layers.Linear(key, ("embed", "kv_heads", "head_dim"), bias=cfg.bias, rngs=rngs)
-        self.value = layers.Linear(key, ("embed", "kv_heads", "head_dim"), bias=cfg.bias, rngs=rngs)
-        self.out = layers.Linear(
+def projections(cfg: DecoderConfig, rngs: nnx.Rngs) -> tuple[layers.Linear, ...]:
+    """The maps from the residual stream to queries, keys and values, and from the heads back to it."""
+    query, key = (cfg.embed_dim, cfg.num_heads, cfg.per_head), (cfg.embed_dim, cfg.kv_heads, cfg.per_head)
+    return (
+        layers.Linear(query, ("embed", "heads", "head_dim"), bias=cfg.bias, rngs=rngs),
+        layers.Linear(key, ("embed", "kv_heads", "head_dim"), bias=cfg.bias, rngs=rngs),
+        layers.Linear(key, ("embed", "kv_heads", "head_dim"), bias=cfg.bias, rngs=rngs),
+        layers.Linear(
             (cfg.num_heads, cfg.per_head, cfg.embed_dim),
             ("heads", "head_dim", "embed"),
             inputs=2,
             bias=cfg.bias,
             scale=0.5 / cfg.num_layers,  # 2 residual branches a layer: their sum keeps the variance of the stream
             rngs=rngs,
-        )
+        ),
+    )
+
+
+class Attention(nnx.Module):
+    """`dot_product_attention` between projections; a layer with a `window` sees the newest keys alone."""
+
+    def __init__(self, cfg: DecoderConfig, *, window: int | None = None, rngs: nnx.Rngs):
+        self.cfg, self.window = cfg, window
+        self.query, self.key, self.value, self.out = projections(cfg, rngs)
         if cfg.qk_norm:
             self.query_norm = rms_norm(cfg, cfg.per_head, "head_dim")
             self.key_norm = rms_norm(cfg, cfg.per_head, "head_dim")

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from artifex.models import layers
+from artifex.models.transformer.attention import projections
 from artifex.models.transformer.config import DecoderConfig
 from artifex.scaling import axes
 
@@ -37,18 +38,7 @@ class LinearAttention(nnx.Module):
 
     def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        query, key = (cfg.embed_dim, cfg.num_heads, cfg.per_head), (cfg.embed_dim, cfg.kv_heads, cfg.per_head)
-        self.query = layers.Linear(query, ("embed", "heads", "head_dim"), bias=cfg.bias, rngs=rngs)
-        self.key = layers.Linear(key, ("embed", "kv_heads", "head_dim"), bias=cfg.bias, rngs=rngs)
-        self.value = layers.Linear(key, ("embed", "kv_heads", "head_dim"), bias=cfg.bias, rngs=rngs)
-        self.out = layers.Linear(
-            (cfg.num_heads, cfg.per_head, cfg.embed_dim),
-            ("heads", "head_dim", "embed"),
-            inputs=2,
-            bias=cfg.bias,
-            scale=0.5 / cfg.num_layers,
-            rngs=rngs,
-        )
+        self.query, self.key, self.value, self.out = projections(cfg, rngs)
 
     @staticmethod
     def empty_cache(cfg: DecoderConfig, batch: int, length: int, dtype: jnp.dtype) -> State:
