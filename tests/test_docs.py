@@ -1,12 +1,20 @@
 """Every python block of the documentation runs, in order, and prints what the page says it prints."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
+
+from artifex.config import Config, DeviceConfig
+from artifex.scaling import sharding
+from artifex.scaling.axes import ACTIVATION_AXES, WEIGHT_AXES
+from artifex.scaling.mesh_utils import create_device_mesh, setup_mesh
+from artifex.scaling.plan import Plan
+from artifex.train import dry_run
 
 ROOT = Path(__file__).parents[1]
 MODELS = sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs/models").glob("*.md"))
@@ -35,6 +43,65 @@ def test_every_block_runs_and_prints_what_the_page_shows(page, tmp_path, monkeyp
         printed = iter(capsys.readouterr().out.splitlines())
         for shown in SHOWN.findall(code):
             assert shown in printed, f"{page} shows {shown!r}, which is not printed, or not in this order"
+
+
+def table(page: str, heading: str, number: int = 0) -> list[list[str]]:
+    """The cells of the number-th table below a heading of a page, without its head."""
+    section = (ROOT / page).read_text().split(f"\n{heading}\n")[1].split("\n## ")[0]
+    rows = re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE)[number].splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
+
+
+def on_a_mesh(**strategies):
+    """Strategies on the mesh ("data", "model") of 4 x 2 devices."""
+    return sharding.MultiDimensionalStrategy(
+        strategies, sharding.ParallelismConfig.from_sharding_config(sharding.ShardingConfig(4, 2))
+    )
+
+
+data, tensor = sharding.DataParallelStrategy("data"), sharding.TensorParallelStrategy("model")
+PROVOKED = [  # one for each row of the page's table of errors
+    lambda: create_device_mesh((2, 4), ("data", "model"), devices=jax.devices()[:4]),
+    lambda: DeviceConfig(mesh_shape=(2.0, 4)),
+    lambda: DeviceConfig(mesh_shape=(8,)),
+    lambda: Config.from_dict({"device": {"mesh_shape": [2, 4], "data": 2}}),
+    lambda: DeviceConfig(data=-1, tensor=-1),
+    lambda: setup_mesh(device_config=DeviceConfig(data=2, tensor=2)),
+    lambda: setup_mesh(device_config=DeviceConfig(auto_detect_mesh=False)),
+    lambda: Plan.from_device(DeviceConfig(fsdp=8), 8).check_batch(12),
+    lambda: dry_run(
+        Config.from_dict(
+            {"model": {"name": "unet-digits"}, "data": {"source": "digits"}, "device": {"tensor": 8}},
+        )
+    ),
+    lambda: sharding.combine({"data": data, "tensor": sharding.TensorParallelStrategy("data")}),
+    lambda: sharding.combine({"wide": tensor, "narrow": sharding.TensorParallelStrategy("narrow")}),
+    lambda: on_a_mesh(data=data, tensor=tensor, pipe=sharding.PipelineParallelStrategy("pipeline")),
+    lambda: on_a_mesh(data=data),
+    lambda: Plan((8,), ("data",), sharding.TensorParallelStrategy("tensor").rules),
+    lambda: data.get_partition_spec(("batch", None), shape=(6, 3), mesh={"data": 4}),
+    lambda: data.get_partition_spec(("embedd",)),
+    lambda: data.get_partition_spec(("batch", "embed")),
+    lambda: sharding.PipelineParallelStrategy(num_stages=8).assign_layers_to_stages(5),
+]
+
+
+def test_each_error_on_the_scaling_page_is_what_the_code_says():
+    for (message, _), provoke in zip(table("docs/scaling.md", "## Errors and remedies"), PROVOKED, strict=True):
+        with pytest.raises((ValueError, TypeError)) as caught:
+            provoke()
+        shown = re.escape(message.strip("`")).replace(re.escape("..."), ".+")
+        assert re.match(shown, str(caught.value)), f"the page shows {message}, the code says {caught.value}"
+
+
+def test_the_scaling_page_has_each_name_with_its_sentence():
+    for number, axes in enumerate([WEIGHT_AXES, ACTIVATION_AXES]):
+        assert table("docs/scaling.md", "## Names", number) == [[f"`{name}`", what] for name, what in axes.items()]
+
+
+def test_the_install_page_has_every_extra():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {name for name, *_ in table("docs/install.md", "## Extras")} == {f"`{name}`" for name in extras}
 
 
 def undefined():
