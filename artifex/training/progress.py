@@ -18,7 +18,7 @@ class Report:
         self.console = Console(highlight=False, soft_wrap=True, force_jupyter=False)
         self.steps, self.began, self.start, self.printed = steps, time.perf_counter(), start, start
         self.bar, self.status = None, "compiling"
-        if bar and self.console.is_terminal:
+        if bar and self.console.file.isatty():  # a notebook asks for colours and is no terminal
             self.bar = Progress(
                 TextColumn("training"),
                 BarColumn(bar_width=None),
