@@ -66,7 +66,7 @@ class DataConfig(Section):
 class TrainingConfig(Section):
     """How long, how much at a time, and in which precision."""
 
-    steps: Int = Field(default=800, ge=1, description="optimizer steps in the whole run, at least 1")
+    steps: Int = Field(default=1_200, ge=1, description="optimizer steps in the whole run, at least 1")
     batch_size: Int = Field(default=16, ge=1, description="rows a step, over all devices, at least 1")
     gradient_accumulation: Int = Field(default=1, ge=1, description="microbatches a step; divides batch_size")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of parameters, batches and dropout, 0 to 2^32 - 1")
@@ -90,7 +90,14 @@ class TrainingConfig(Section):
     validate_every: Int = Field(
         default=200, ge=0, description="steps from one validation to the next; 0 validates at the end alone"
     )
-    validation_batches: Int = Field(default=20, ge=1, description="batches of one validation, at least 1")
+    validation_batches: Int = Field(
+        default=20,
+        ge=1,
+        description="batches of each validation but the last, spread over what is held out; at least 1",
+    )
+    final_validation_batches: Int | None = Field(
+        default=None, ge=1, description="batches of the last validation; none is all that is held out"
+    )
     sample_tokens: Int = Field(default=400, ge=0, description="tokens drawn at each checkpoint, to look at; 0 is none")
     sample_prompt: str = Field(default="def ", min_length=1, description="what the sample continues, not empty")
     sample_images: Int = Field(

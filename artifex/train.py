@@ -172,7 +172,7 @@ def fit(run: Run, report: Report) -> tuple[TrainState, int]:
             last = step == cfg.steps or bool(stop)
             if last or (cfg.validate_every and step % cfg.validate_every == 0):
                 with meter.aside():
-                    meter.validated(step, *validate(state))
+                    meter.validated(step, *validate(state, final=step == cfg.steps))
             if last or (every and step % every == 0):
                 with meter.aside():  # reads this step's metrics first: what is not finite is never saved
                     run.checkpoints.save(
@@ -196,17 +196,20 @@ def place(blue: Blueprint, batch: dict[str, Any]) -> dict[str, jax.Array]:
     return {key: jax.make_array_from_process_local_data(where[key], value) for key, value in batch.items()}
 
 
-def make_validate(run: Run) -> Callable[[TrainState], tuple[dict[str, float], float]]:
-    """`validate(state) -> (mean of each metric, what they are means over)` over the same batches each time."""
+def make_validate(run: Run) -> Callable[..., tuple[dict[str, float], float]]:
+    """`validate(state, final=) -> (mean of each metric, what they are means over)`, over the same batches each time.
+
+    The final one reads all that is held out, where `training.final_validation_batches` sets no limit.
+    """
     import jax
 
     from artifex.training.step import make_evaluate
 
-    evaluate = make_evaluate(run.blue)
+    evaluate, cfg = make_evaluate(run.blue), run.config.training
 
-    def validate(state: TrainState) -> tuple[dict[str, float], float]:
+    def validate(state: TrainState, *, final: bool) -> tuple[dict[str, float], float]:
         totals: dict[str, float] = {}
-        for batch in run.task.validation():
+        for batch in run.task.validation(cfg.final_validation_batches if final else cfg.validation_batches):
             # read at once: simulated devices share a pool of threads, and batches sent ahead can leave it without one
             for name, value in jax.device_get(evaluate(state, place(run.blue, batch))).items():
                 totals[name] = totals.get(name, 0.0) + float(value)

@@ -12,6 +12,7 @@ from artifex.config import Config, sections
 from artifex.config_model import ModelConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 INTRODUCTION = """\
 # Configuration
@@ -38,9 +39,10 @@ device:
   auto_detect_mesh: false
 ```
 
-`configs/` has three to start from: `quickstart.yaml` writes out every default, `linear_config.json` trains
-Aether's model on whatever devices are present, `large_model_custom_mesh.json` a wider one on a mesh of 2 by 4.
-Each says in its `description` which command starts it and what it should reach.
+`configs/` has some to start from. `quickstart.yaml` writes out every default; each says in its `description` which
+command starts it and what it should reach.
+
+{CONFIGS}
 
 A file is data and nothing more: no part of it is executed, and no other file is read. It has at most 65,536
 bytes of UTF-8 text and 16 levels; a key stands once. YAML is read as version 1.2 has it, so `1e-3` is a number
@@ -93,7 +95,8 @@ def page() -> str:
     """The page as Markdown."""
     defaults = Config()
     known = options(defaults.model.name)
-    parts = [INTRODUCTION, "## Fields", _table([option for option in known if len(option.key) == 1], defaults)]
+    introduction = INTRODUCTION.replace("{CONFIGS}", _configs())
+    parts = [introduction, "## Fields", _table([option for option in known if len(option.key) == 1], defaults)]
     for key, section in sections().items():
         parts += [f"### {key}", (section.__doc__ or "").splitlines()[0]]
         own = [o for o in known if o.key[0] == key and len(o.key) == 2 and o.key[-1] in section.model_fields]
@@ -103,6 +106,15 @@ def page() -> str:
             for family in dict.fromkeys(type(spec) for spec in models.PRESETS.values()):
                 parts += _family(family)
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _configs() -> str:
+    """A row for each shipped file: the sentence of its description that follows the command."""
+    rows = []
+    for path in sorted(CONFIGS.iterdir()):
+        what = Config.from_file(path).description.split(": ", 1)[1].split(". ")[0]
+        rows.append(f"| `{path.name}` | {_cell(what)} |")
+    return "\n".join(["| file | what it trains |", "| --- | --- |", *rows])
 
 
 def _family(family: type) -> list[str]:

@@ -1,5 +1,6 @@
 """Eight simulated CPU devices and strict promotion, for the tests, the notebooks and every process they start."""
 
+import importlib.metadata
 import os
 
 # Environment variables, and before any test imports JAX: a test that starts a process passes them on.
@@ -18,3 +19,9 @@ import jax
 # Compiling is most of the tests' time, and unoptimised it is half. Processes that tests start, and notebooks, which
 # train for longer, are compiled as usual.
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_report_header() -> str:
+    """What the tests run on: a result holds for these versions."""
+    names = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)

@@ -13,6 +13,7 @@ import pytest
 
 from artifex import sample, train
 from artifex.config import Config
+from artifex.data.text import load_text
 from artifex.models import weights
 from artifex.scaling.checkpoints import Checkpoints
 from artifex.training.state import blueprint
@@ -76,6 +77,8 @@ def test_a_run_folder_holds_what_the_readme_promises(run):
     assert train_lines[-1]["loss"] < train_lines[0]["loss"] < 6
     assert train_lines[-1]["tokens_per_second"] > 0 and train_lines[-1]["data_wait_seconds"] >= 0
     np.testing.assert_allclose(validation[0]["bits_per_byte"], validation[0]["loss"] / np.log(2))
+    held_out = load_text(cfg.data.source).validation
+    assert [record["targets"] for record in validation] == [2 * 8 * 32, len(held_out) - 1]
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step-0000010.txt", "step-0000020.txt"]
     assert (folder / "samples" / "step-0000020.txt").read_text().startswith("def ")

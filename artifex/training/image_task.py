@@ -72,12 +72,12 @@ class ImageTask:
             process_count=jax.process_count(),
         ).stream(start)
 
-    def validation(self) -> Iterator[Batch]:
-        """Held-out images."""
+    def validation(self, count: int | None) -> Iterator[Batch]:
+        """Held-out images, `count` batches of them; None: each image once."""
         return image_validation_batches(
             self.corpus,
             batch_size=self.config.training.batch_size,
-            count=self.config.training.validation_batches,
+            count=count,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
@@ -123,7 +123,7 @@ class ImageTask:
         pairs_grid(images, known[nearest_neighbours(images, known)], path, columns=COLUMNS)
 
     def _reconstructions(self, model: Any, path: Path) -> None:
-        images = next(self.validation())["image"][:PAIRS]
+        images = next(self.validation(self.config.training.validation_batches))["image"][:PAIRS]
         pairs_grid(images, np.asarray(model.reconstruct(images)), path, columns=COLUMNS)
 
     def _scores(self, model: Any) -> dict[str, float]:

@@ -102,7 +102,8 @@ class Meter:
         )
         own = "" if score.unit == "loss" else f", {value:.4f} {score.unit}"
         of = " nats per token" if self.task.noun == "tokens" else ""
-        self.report.line(f"step {step}: validation loss {metrics['loss']:.4f}{of}{own}{others}")
+        over = f"{int(weight):,} {'targets' if self.task.noun == 'tokens' else self.task.noun}"
+        self.report.line(f"step {step}: validation loss {metrics['loss']:.4f}{of}{own}{others}; over {over}")
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:

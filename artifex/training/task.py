@@ -63,8 +63,8 @@ class Task(Protocol):
         """An iterator, with `close()`, over the training batches from step `start` on."""
         ...
 
-    def validation(self) -> Iterator[Batch]:
-        """The same held-out batches at each call."""
+    def validation(self, count: int | None) -> Iterator[Batch]:
+        """`count` held-out batches spread evenly, None for all that is held out: the same ones at each call."""
         ...
 
     def score(self, metrics: Metrics) -> Score:

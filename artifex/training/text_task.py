@@ -61,13 +61,13 @@ class TextTask:
             process_count=jax.process_count(),
         ).stream(start)
 
-    def validation(self) -> Iterator[Batch]:
-        """Windows spread over the held-out files."""
+    def validation(self, count: int | None) -> Iterator[Batch]:
+        """Windows spread over the held-out files, `count` batches of them; None: each held-out token but the first."""
         return validation_batches(
             self.corpus.validation,
             batch_size=self.config.training.batch_size,
             sequence_length=self.config.data.sequence_length,
-            count=self.config.training.validation_batches,
+            count=count,
             vocab_size=self.corpus.vocab_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
