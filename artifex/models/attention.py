@@ -169,12 +169,15 @@ def attend(
 ) -> jax.Array:
     """softmax(scale Q K^T) V over the keys that each query has `seen` (None: all): (B, K, G, T, H).
 
-    Weights are float32.
+    Weights are float32, those of 16-bit values rounded once for the product with them.
     """
     B, K, G, T, H = query_BKGTH.shape
-    scaled_BKGTH = query_BKGTH * (H**-0.5 if scale is None else scale)
+    scale, short = H**-0.5 if scale is None else scale, query_BKGTH.dtype.itemsize < 4
+    scaled_BKGTH = query_BKGTH if short else query_BKGTH * scale
     query_BKRH = scaled_BKGTH.reshape(B, K, G * T, H)  # R: the queries of all heads that share a key head
     scores_BKRS = jnp.einsum("BKRH,BKSH->BKRS", query_BKRH, key_BKSH, preferred_element_type=jnp.float32)
+    if short:  # a scale that is no power of two rounds 16-bit queries once more
+        scores_BKRS = scores_BKRS * scale
     if softcap is not None:
         scores_BKRS = softcap * jnp.tanh(scores_BKRS / softcap)
     if seen_TS is not None:
@@ -183,7 +186,9 @@ def attend(
         scores_BKRS = scores_BKRS + jnp.tile(hidden_TS, (G, 1))[None, None]
     top_BKR1 = jax.lax.stop_gradient(jnp.max(scores_BKRS, axis=-1, keepdims=True))
     weights_BKRS = jnp.exp(scores_BKRS - top_BKR1)
-    mixed_BKRH = jnp.einsum("BKRS,BKSH->BKRH", weights_BKRS.astype(value_BKSH.dtype), value_BKSH)
-    # divided after the product: H numbers a query instead of S
-    mixed_BKRH = mixed_BKRH / jnp.sum(weights_BKRS, axis=-1, keepdims=True).astype(mixed_BKRH.dtype)
+    mixed_BKRH = jnp.einsum(
+        "BKRS,BKSH->BKRH", weights_BKRS.astype(value_BKSH.dtype), value_BKSH, preferred_element_type=jnp.float32
+    )
+    # divided after the product, H numbers a query instead of S, and before rounding: in bfloat16 it doubles the error
+    mixed_BKRH = (mixed_BKRH / jnp.sum(weights_BKRS, axis=-1, keepdims=True)).astype(value_BKSH.dtype)
     return mixed_BKRH.reshape(B, K, G, T, H)
