@@ -1,13 +1,17 @@
 """Logits equal those of `transformers` with the same random weights, read from its folders and written to them. Needs
 the extra `parity`."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from artifex import models
 from artifex.models import weights
+from artifex.models.transformer.moe import balance
 
 torch = pytest.importorskip("torch", reason="parity with transformers needs: pip install -e '.[parity]'")
 transformers = pytest.importorskip("transformers", reason="parity with transformers needs: pip install -e '.[parity]'")
@@ -43,7 +47,7 @@ CASES = {
     "llama-1-key-head": ("Llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     "llama3-rope": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
     "mistral": ("Mistral", {"sliding_window": 11}),
-    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "router_aux_loss_coef": 0.02}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "qwen3-window": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True, **QWEN3_WINDOW}),
     "gemma2": ("Gemma2", GEMMA2),
@@ -109,3 +113,23 @@ def test_half_precision_files_are_read_exactly_as_float32(dtype, tmp_path):
     assert (read.embed.table[...] == model.model.embed_tokens.weight.detach().float().numpy()).all()
     gate = torch.stack([layer.mlp.gate_proj.weight for layer in model.model.layers]).float().detach().numpy()
     assert (np.asarray(read.layers.mlp.gate.kernel[...]) == gate.swapaxes(1, 2)).all()
+
+
+@pytest.mark.parametrize("chosen", [1, 2, 3])
+def test_the_balance_loss_of_experts_is_theirs(chosen):
+    theirs = transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func
+    logits_SE = np.random.default_rng(chosen).normal(size=(96, 8)).astype(np.float32) * 2
+    expert_SK = np.argsort(-logits_SE, axis=-1)[:, :chosen]
+    size_E = jnp.asarray(np.bincount(expert_SK.ravel(), minlength=8), jnp.int32)
+    expected = float(theirs((torch.from_numpy(logits_SE),), 8, chosen))
+    assert float(balance(jnp.asarray(logits_SE), size_E)["load_balance"]) == pytest.approx(expected, rel=1e-5)
+    assert expected > chosen  # which it is at uniform load
+
+
+def test_the_weight_of_the_balance_loss_goes_in_and_out_as_it_is(tmp_path):
+    model = make("mixtral")
+    model.save_pretrained(tmp_path)
+    ours = weights.from_pretrained(tmp_path)
+    assert ours.cfg.load_balance_weight == 0.02 == models.PRESETS["mixtral-8x7b"].load_balance_weight
+    weights.save_pretrained(tmp_path / "out", ours, layout="MixtralForCausalLM")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["router_aux_loss_coef"] == 0.02

@@ -234,7 +234,7 @@ PRESETS: dict[str, DecoderConfig] = {
         8,
         14_336,
         num_experts=8,
-        load_balance_weight=0.02,
+        load_balance_weight=0.02,  # their router_aux_loss_coef
         router_z_weight=0.0,
         rope_theta=1_000_000.0,
         **_MISTRAL,

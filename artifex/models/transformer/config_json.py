@@ -114,14 +114,13 @@ def read_mistral(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def read_mixtral(config: Mapping[str, Any]) -> DecoderConfig:
-    """Our configuration of a `MixtralForCausalLM`. Its balance loss is 1 at uniform load for each expert of a token."""
-    experts = number(config, "num_experts_per_tok", 2)
+    """Our configuration of a `MixtralForCausalLM`."""
     return DecoderConfig(
         **read_common({"rms_norm_eps": 1e-5, **config}, theta=1_000_000.0),
         **_window_everywhere(config),
         num_experts=number(config, "num_local_experts", 8),
-        experts_per_token=experts,
-        load_balance_weight=experts * number(config, "router_aux_loss_coef", 0.001, float),
+        experts_per_token=number(config, "num_experts_per_tok", 2),
+        load_balance_weight=number(config, "router_aux_loss_coef", 0.001, float),
         router_z_weight=0.0,
     )
 
@@ -227,7 +226,7 @@ def write_mixtral(cfg: DecoderConfig) -> dict[str, Any]:
     """The `config.json` of a `MixtralForCausalLM`."""
     experts = {"num_local_experts": cfg.num_experts, "num_experts_per_tok": cfg.experts_per_token}
     width = {"intermediate_size": cfg.expert_mlp_dim or cfg.feed_forward}
-    balance = {"router_aux_loss_coef": cfg.load_balance_weight / cfg.experts_per_token}
+    balance = {"router_aux_loss_coef": cfg.load_balance_weight}
     return write_common(cfg, "mixtral", sliding_window=cfg.window, **width, **experts, **balance)
 
 

@@ -69,10 +69,10 @@ class MoE(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The mixture (B, T, D), and float32 scalars:
 
-        `load_balance`: E sum_e f_e P_e with f_e the share of all assignments that expert e is chosen for and P_e its
-        mean probability; 1 at uniform load (Fedus et al. 2021, equation 4).
+        `load_balance`: E sum_e f_e P_e with f_e the share of tokens that choose expert e and P_e its mean probability;
+        K at uniform load (Fedus et al. 2021, equation 4, where K is 1).
         `router_z`: the mean of logsumexp(x W)^2 (Zoph et al. 2022, arXiv:2202.08906, equation 5).
-        `expert_utilisation`: exp of the entropy of f, over E; 1 where all experts are chosen alike, 1/E where one is.
+        `expert_utilisation`: exp of the entropy of f / K, over E; 1 where all experts are chosen alike.
         `dropped`: the share of assignments over capacity.
         """
         cfg, x_SD = self.cfg, x_BTD.reshape(-1, x_BTD.shape[-1])
@@ -104,7 +104,7 @@ def balance(logits_SE: jax.Array, size_E: jax.Array) -> dict[str, jax.Array]:
     mean_E = jnp.mean(jax.nn.softmax(logits_SE, axis=-1), axis=0)
     entropy = -jnp.sum(jax.scipy.special.xlogy(share_E, share_E))
     return {
-        "load_balance": share_E.size * jnp.sum(share_E * mean_E),
+        "load_balance": share_E.size * jnp.sum(size_E.astype(jnp.float32) / logits_SE.shape[0] * mean_E),
         "router_z": jnp.mean(jnp.square(jax.nn.logsumexp(logits_SE, axis=-1))),
         "expert_utilisation": jnp.exp(entropy) / share_E.size,
     }
