@@ -209,9 +209,10 @@ def make_validate(run: Run) -> Callable[..., tuple[dict[str, float], float]]:
 
     def validate(state: TrainState, *, final: bool) -> tuple[dict[str, float], float]:
         totals: dict[str, float] = {}
-        for batch in run.task.validation(cfg.final_validation_batches if final else cfg.validation_batches):
+        count = cfg.final_validation_batches if final else cfg.validation_batches
+        for index, batch in enumerate(run.task.validation(count)):
             # read at once: simulated devices share a pool of threads, and batches sent ahead can leave it without one
-            for name, value in jax.device_get(evaluate(state, place(run.blue, batch))).items():
+            for name, value in jax.device_get(evaluate(state, place(run.blue, batch), index)).items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         weight = totals.pop("weight")
         return {name: total / weight for name, total in totals.items()}, weight

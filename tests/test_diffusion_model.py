@@ -145,6 +145,17 @@ def test_validation_loss_is_deterministic_and_training_loss_follows_its_key():
     assert float(first) == float(again) != float(other)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_any_rows_of_a_validation_batch_see_all_times(rows):
+    model = model_of()
+    for leaf in (model.network.gain, model.network.rows.table):
+        leaf[...] = jnp.zeros_like(leaf[...])
+    batch = batch_of(8) | {"image": jnp.zeros((8, 4, 4, 2)), "mask": (jnp.arange(8) < rows).astype(jnp.float32)}
+    each = np.asarray(jax.jit(jax.vmap(lambda index: model.loss(batch, index=index)[0]))(jnp.arange(2_000)))
+    # E (eps - output)^2 with output t: 1 + 1/3
+    assert np.mean(each) == pytest.approx(4 / 3, abs=4 * np.std(each) / np.sqrt(2_000))
+
+
 def test_masked_rows_count_for_nothing():
     model, batch = model_of(), batch_of()
     batch["mask"] = jnp.asarray([1, 1, 1, 1, 0, 0], jnp.float32)

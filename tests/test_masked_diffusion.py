@@ -1,6 +1,7 @@
 """Masked diffusion over text: its bound and its samples where the best denoiser is known in closed form."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from artifex.models.layers import strata
 from artifex.models.transformer.config import DecoderConfig
-from artifex.models.transformer.masked import times
+from artifex.models.transformer.masked import hide
 from artifex.models.transformer.masked_config import PRESETS, MaskedDiffusionConfig
 
 SMALL = DecoderConfig(
@@ -57,23 +59,63 @@ def data(rows, length=24, seed=0):
 def test_the_bound_of_the_best_denoiser_is_the_entropy(training):
     model, batch = oracle(Unigram()), data(4_096)
     loss, metrics = training_loss_of(model, batch, jax.random.key(7)) if training else loss_of(model, batch)
-    entropy = -(UNIGRAM * np.log(UNIGRAM)).sum()
-    # a row's variance is (E[s^2] E[1/t] - entropy^2) / 24, with E[s^2] = 2.1 of the surprisal and E[1/t] = log 4096 + 1
-    assert float(loss) == pytest.approx(entropy, abs=4 * np.sqrt((2.1 * 9.3 - entropy**2) / 24 / 4_096))
+    surprisal = -np.log(UNIGRAM)
+    entropy = (UNIGRAM * surprisal).sum()
+    # a row is the mean surprisal of its h hidden tokens, and the mean of 1 / h is 3.78 / 24
+    variance = ((UNIGRAM * surprisal**2).sum() - entropy**2) * 3.78 / 24
+    assert float(loss) == pytest.approx(entropy, abs=4 * np.sqrt(variance / 4_096))
     assert metrics["weight"] == 4_096 * 24
 
 
-def test_only_hidden_tokens_count_and_each_is_hidden_with_probability_t():
-    # a uniform guess costs log 5: the bound is log 5 times the mean of (hidden tokens / t), which is 1 if P(hidden) = t
-    loss, _ = training_loss_of(oracle(Watched()), data(4_096), jax.random.key(3))
-    assert float(loss) == pytest.approx(np.log(5), rel=4 * np.sqrt((9.3 - 1) / 24 / 4_096))
+def test_only_hidden_tokens_count():
+    # a uniform guess costs log 5 at any number of hidden tokens
+    loss, _ = training_loss_of(oracle(Watched()), data(64), jax.random.key(3))
+    assert float(loss) == pytest.approx(np.log(5), rel=1e-5)
 
 
-def test_times_are_stratified_and_each_alone_is_uniform():
-    drawn = np.asarray(jax.vmap(lambda key: times(8, key))(jax.random.split(jax.random.key(0), 400)))
-    assert ((drawn > np.arange(8) / 8) & (drawn <= np.arange(1, 9) / 8)).all()
-    inside = drawn * 8 - np.arange(8)
-    np.testing.assert_allclose(np.quantile(inside, [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.08)
+def test_every_number_of_tokens_is_hidden_as_often_and_every_token():
+    there = np.ones((4_096, 6), bool)
+    there[:, 4] = there[0] = False  # padding, and a row of nothing else
+    hidden = np.asarray(jax.jit(hide)(jnp.asarray(there), jax.random.key(0)))
+    assert not (hidden & ~there).any()
+    number = hidden[1:].sum(axis=1)
+    np.testing.assert_allclose(np.bincount(number) / 4_095, [0, *[0.2] * 5], atol=0.001)  # strata leave no more
+    for h in range(1, 6):
+        share = hidden[1:][number == h].mean(axis=0)
+        np.testing.assert_allclose(share[there[1]], h / 5, atol=4 * np.sqrt(0.25 / 819))
+
+
+def test_times_are_stratified_and_that_of_each_row_is_uniform():
+    drawn = np.asarray(jax.vmap(lambda key: strata(8, key))(jax.random.split(jax.random.key(0), 400)))
+    ordered = np.sort(drawn, axis=1)
+    assert ((ordered > np.arange(8) / 8) & (ordered <= np.arange(1, 9) / 8)).all()
+    quarters = [0.25, 0.5, 0.75]
+    np.testing.assert_allclose(np.quantile(ordered * 8 - np.arange(8), quarters), quarters, atol=0.08)
+    deviation = 4 * np.sqrt(0.25 / 400)  # of a quantile of 400 uniform numbers, four times
+    np.testing.assert_allclose(np.quantile(drawn, quarters, axis=0), np.full((8, 3), quarters).T, atol=deviation)
+
+
+class Fading(nnx.Module):
+    """Knows that all tokens are 0, the surer the more it sees."""
+
+    def __call__(self, tokens_BT, rngs=None):
+        seen_B11 = jnp.mean((tokens_BT != 5).astype(jnp.float32), axis=1)[:, None, None]
+        return jnp.broadcast_to(jnp.where(IDS == 0, 8 * seen_B11, 0.0), (*tokens_BT.shape, 6))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_any_rows_of_a_validation_batch_estimate_the_bound(rows):
+    """Its mean over t of (1/t) E[sum over hidden tokens] by numbers: h of 24 are hidden, binomially, at g(h) each."""
+    model, length = oracle(Fading()), 24
+    h, t = np.arange(1, length + 1)[:, None], (np.arange(20_000) + 0.5) / 20_000
+    sure = 8 * (1 - h / length)
+    ways = np.array([[math.comb(length, int(k))] for k in h[:, 0]])
+    binomial = ways * t**h * (1 - t) ** (length - h)
+    bound = np.mean(np.sum(binomial * h / t * (np.log(np.exp(sure) + 4) - sure), axis=0)) / length
+    batch = {"targets": jnp.zeros((16, length), jnp.int32), "mask": jnp.zeros((16, length)).at[:rows].set(1)}
+    each = np.asarray(jax.jit(jax.vmap(lambda index: model.loss(batch, index=index)[0]))(jnp.arange(4_000)))
+    assert np.mean(each) == pytest.approx(bound, abs=4 * np.std(each) / np.sqrt(4_000))
+    assert 0 < np.std(each) / np.sqrt(4_000) < 0.03 * bound
 
 
 def test_padding_counts_neither_as_input_nor_as_target(model):

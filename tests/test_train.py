@@ -8,6 +8,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,6 +18,7 @@ from artifex.data.text import load_text
 from artifex.models import weights
 from artifex.scaling.checkpoints import Checkpoints
 from artifex.training.state import blueprint
+from artifex.training.step import make_loss
 
 TEXT = "\n".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(400))
 
@@ -272,3 +274,27 @@ def test_the_command_line_trains_and_a_kill_leaves_a_run_that_goes_on(source, tm
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         step, skipped = checkpoints.newest_restorable()
     assert not skipped and f"at step {step}, which is saved" in out
+
+
+@pytest.mark.parametrize(("rows", "length"), [(8, 128), (16, 64), (40, 32)])
+def test_validation_of_masked_diffusion_is_an_estimate_at_any_batch_shape(source, tmp_path, rows, length):
+    decoder = {"embed_dim": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32, "sequence_length": length}
+    training = {"batch_size": rows, "validation_batches": 50}
+    sections = settings(source, data={"sequence_length": length}, training=training)
+    run = train.open_run(Config.from_dict(sections | {"model": {"name": "masked-nano", "decoder": decoder}}), tmp_path)
+    found, weight = train.make_validate(run)(run.state)
+    batches = list(run.task.validation())
+    assert 0 < batches[-1]["mask"][:, 0].sum() < rows, "the last batch is partly filled"
+    stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+    loss = make_loss(run.blue)
+
+    def fresh(key):
+        def one(batch_and_key):
+            value, (metrics, _) = loss(run.state.params, run.state.buffers, *batch_and_key)
+            return value * metrics["weight"]
+
+        return jnp.sum(jax.lax.map(one, (stacked, jax.random.split(key, len(batches))))) / weight
+
+    estimates = np.asarray(jax.jit(lambda keys: jax.lax.map(fresh, keys))(jax.random.split(jax.random.key(1), 40)))
+    assert abs(found["loss"] - estimates.mean()) < 3 * estimates.std(ddof=1)
+    assert 0 < estimates.std() < 0.005

@@ -64,14 +64,15 @@ class GenerativeModel(Protocol):
 
     `loss` returns the mean loss and its metrics, scalars: `metrics["weight"]` is the count the mean was taken over, so
     that parts of a batch add up, and every other metric is a mean over the same count. Where the loss is more than a
-    likelihood, `metrics["nats"]` is the likelihood. `rngs` None means validation: no dropout, and fixed noise.
+    likelihood, `metrics["nats"]` is the likelihood. Without `rngs` it is validation: no dropout, and the noise is that
+    of batch `index`.
     `sample` is a pure function of its key. `cfg` is the configuration the model was built from.
     """
 
     cfg: Any
 
     def loss(
-        self, batch: dict[str, jax.Array], rngs: nnx.Rngs | None = None
+        self, batch: dict[str, jax.Array], rngs: nnx.Rngs | None = None, *, index: int | jax.Array = 0
     ) -> tuple[jax.Array, dict[str, jax.Array]]: ...
 
     def sample(self, key: jax.Array, **how: Any) -> jax.Array: ...

@@ -199,6 +199,22 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 
 
+def noise_key(rngs: nnx.Rngs | None, index: int | jax.Array = 0) -> jax.Array:
+    """The key of a loss's noise: a new one of `rngs`, or without them, in validation, that of batch `index`."""
+    return jax.random.fold_in(jax.random.key(0), index) if rngs is None else rngs.noise()
+
+
+def strata(count: int, key: jax.Array) -> jax.Array:
+    """`count` numbers in (0, 1], one in each of as many equal parts, at the same random place in each, in any order.
+
+    Kingma et al. 2021 (arXiv:2107.00630), appendix I.1: each alone is uniform, and their mean varies less. Drawn in
+    any order, so that any rows of a batch, such as those that are no padding, have numbers from all of (0, 1].
+    """
+    place_key, order_key = jax.random.split(key)
+    ordered = (jnp.arange(count, dtype=jnp.float32) + 1 - jax.random.uniform(place_key)) / count
+    return jax.random.permutation(order_key, ordered)
+
+
 def _strong(value: jax.Array) -> jax.Array:
     """`value` with a dtype of its own: a step would trace once more for one that was only implied, as by `jnp.full`."""
     return jax.lax.convert_element_type(value, value.dtype)

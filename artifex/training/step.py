@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -20,17 +21,20 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-def make_loss(blue: Blueprint) -> Callable[[Any, Any, Batch, jax.Array | None], tuple[jax.Array, tuple[Metrics, Any]]]:
-    """`loss(params, buffers, batch, key) -> (loss, (metrics, buffers))` under the plan: the model in its compute dtype,
-    activations laid out by the rules. Buffers change only where a key is given."""
+def make_loss(blue: Blueprint) -> Callable[..., tuple[jax.Array, tuple[Metrics, Any]]]:
+    """`loss(params, buffers, batch, key, index=0) -> (loss, (metrics, buffers))` under the plan: the model in its
+    compute dtype, activations laid out by the rules. Buffers change only where a key is given; where it is None, the
+    noise is that of validation batch `index`."""
     config, plan = blue.config.training, blue.plan
     how = Execution(plan.remat, config.unroll, config.attention)
     dtype = jnp.dtype(config.compute_dtype)
 
-    def loss(params: Any, buffers: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, tuple[Metrics, Any]]:
+    def loss(
+        params: Any, buffers: Any, batch: Batch, key: jax.Array | None, index: int | jax.Array = 0
+    ) -> tuple[jax.Array, tuple[Metrics, Any]]:
         with activation_rules(plan.rules, blue.mesh), execution(how):
             model = nnx.merge(blue.graphdef, jax.tree.map(lambda value: value.astype(dtype), params), buffers)
-            value, metrics = model.loss(batch, None if key is None else nnx.Rngs(key))
+            value, metrics = model.loss(batch, None if key is None else nnx.Rngs(key), index=index)
             _, _, rest = nnx.split(model, nnx.Param, ...)
             return value, (metrics, nnx.to_pure_dict(rest))
 
@@ -103,15 +107,18 @@ def _gradients(blue: Blueprint) -> Callable:
     return whole if parts == 1 else accumulated
 
 
-def make_evaluate(blue: Blueprint) -> Callable[[TrainState, Batch], Metrics]:
-    """`evaluate(state, batch)`: `weight`, and `loss` and every metric times it, so that batches add up. Compiled on
-    first use; the weights are `state.weights`."""
+def make_evaluate(blue: Blueprint) -> Callable[..., Metrics]:
+    """`evaluate(state, batch, index=0)`: `weight`, and `loss` and every metric times it, so that batches add up.
+
+    `index` counts the batches, each of which has noise of its own. Compiled on first use; the weights are
+    `state.weights`.
+    """
     loss = make_loss(blue)
 
-    def evaluate(weights: Any, buffers: Any, batch: Batch) -> Metrics:
-        mean, (metrics, _) = loss(weights, buffers, batch, None)
+    def evaluate(weights: Any, buffers: Any, batch: Batch, index: jax.Array) -> Metrics:
+        mean, (metrics, _) = loss(weights, buffers, batch, None, index)
         weight = metrics.pop("weight")
         return {name: value * weight for name, value in (metrics | {"loss": mean}).items()} | {"weight": weight}
 
     compiled = jax.jit(evaluate)
-    return lambda state, batch: compiled(state.weights, state.buffers, batch)
+    return lambda state, batch, index=0: compiled(state.weights, state.buffers, batch, np.int32(index))

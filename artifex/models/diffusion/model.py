@@ -34,20 +34,20 @@ class Diffusion(nnx.Module):
         self.network = cfg.network.build(rngs)
         self.autoencoder: Any = None if cfg.autoencoder is None else layers.freeze(cfg.autoencoder.build(rngs))
 
-    def loss(self, batch: dict[str, jax.Array], rngs: nnx.Rngs | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(
+        self, batch: dict[str, jax.Array], rngs: nnx.Rngs | None = None, *, index: int | jax.Array = 0
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean over images and their dims of the weighted squared error of the prediction.
 
         `batch`: "image" (B, H, W, C) in [-1, 1], "label" (B,) where the model has classes, optionally "mask" (B,), 0
         for rows that do not count, and, for a network that reads text, optionally "condition". Times are the B
-        strata of their distribution. Without `rngs` noise and times are fixed, latents are means and every condition
-        stays.
+        strata of their distribution. Without `rngs` noise and times are those of batch `index`, latents are means and
+        every condition stays.
         """
-        key = jax.random.key(0) if rngs is None else rngs.noise()
-        eps_key, time_key, drop_key, latent_key = jax.random.split(key, 4)
+        eps_key, time_key, drop_key, latent_key = jax.random.split(layers.noise_key(rngs, index), 4)
         x0 = self.encode(batch["image"], None if rngs is None else latent_key)
         B = x0.shape[0]
-        offset = jnp.float32(0.5) if rngs is None else jax.random.uniform(time_key)
-        t_B = self.process.training_time((jnp.arange(B, dtype=jnp.float32) + offset) / B)
+        t_B = self.process.training_time(layers.strata(B, time_key))
         eps = jax.random.normal(eps_key, x0.shape)
         condition = batch["label"] if self.cfg.num_classes else batch.get("condition")
         if rngs is not None:

@@ -165,12 +165,15 @@ class Decoder(nnx.Module):
         cap = self.cfg.logit_softcap
         return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
 
-    def loss(self, batch: dict[str, jax.Array], rngs: nnx.Rngs | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(
+        self, batch: dict[str, jax.Array], rngs: nnx.Rngs | None = None, *, index: int | jax.Array = 0
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean cross entropy in nats per target, and `{"weight": number of targets}`.
 
         With experts the weighted balance losses are added to it; the metrics then hold the cross entropy as `nats`
         and what the experts report (`artifex.models.transformer.moe.MoE`).
-        `batch`: `tokens` and `targets` (B, T), integers, and optionally `mask` (B, T), 1 where a target counts.
+        `batch`: `tokens` and `targets` (B, T), integers, and optionally `mask` (B, T), 1 where a target counts. There
+        is no noise, whatever its `index`.
         """
         logits_BTV, aux = self.logits_and_aux(batch["tokens"], rngs)
         nats, weight = cross_entropy(logits_BTV, batch["targets"], batch.get("mask"))

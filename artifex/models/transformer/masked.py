@@ -2,7 +2,12 @@
 
 At time t in [0, 1] each token is hidden with probability t (alpha_t = 1 - t). The negative log likelihood of x_0 is
 at most E_t [1/t sum over hidden i of -log p(x_0^i | x_t)], equation 10 of Sahoo et al. 2024 (arXiv:2406.07524) and
-equation 5 of Shi et al. 2024 (arXiv:2406.04329) for this schedule.
+equation 5 of Shi et al. 2024 (arXiv:2406.04329) for this schedule. Of n tokens h are hidden, and the integral of
+P(h | t) / t over t is 1/h for every h from 1 to n, so the same bound is
+
+    E_h [n/h sum over hidden i of -log p(x_0^i | x_h)],   h uniform from 1 to n                    (1)
+
+equation 6 of Nie et al. 2025 (arXiv:2502.09992), without the variance of h/t, which has no bound.
 
 Dims: B batch, T sequence, P prompt, V vocab with the mask.
 """
@@ -16,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from artifex.models import layers
 from artifex.models.transformer.decoder import Decoder, cross_entropy
 from artifex.models.transformer.generate import check_request, pick
 from artifex.models.transformer.masked_config import MaskedDiffusionConfig
@@ -33,20 +39,21 @@ class MaskedDiffusion(nnx.Module):
         logits_BTV = self.decoder(tokens_BT, rngs)
         return jnp.where(jnp.arange(logits_BTV.shape[-1])[None, None] == self.cfg.mask_id, -1e30, logits_BTV)
 
-    def loss(self, batch: dict[str, jax.Array], rngs: nnx.Rngs | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The bound in nats per token of `batch["targets"]`, and `{"weight": number of tokens}`.
+    def loss(
+        self, batch: dict[str, jax.Array], rngs: nnx.Rngs | None = None, *, index: int | jax.Array = 0
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Equation (1) in nats per token of `batch["targets"]`, and `{"weight": number of tokens}`.
 
-        `mask` (B, T), optional, is 1 where a token counts; the network sees the others hidden. Times are spread evenly
-        over the rows of the batch, shifted by one random number together; without `rngs`, times and masks are fixed.
+        `mask` (B, T), optional, is 1 where a token counts, else 0; the network sees the others hidden. The rows' h are
+        those of B strata; without `rngs`, what is hidden is that of batch `index`.
         """
-        clean_BT = batch["targets"]
-        key = jax.random.key(0) if rngs is None else rngs.noise()
+        clean_BT, key = batch["targets"], layers.noise_key(rngs, index)
         counts_BT = batch.get("mask", jnp.ones(clean_BT.shape)).astype(jnp.float32)
-        time_B = times(clean_BT.shape[0], key)
-        hidden_BT = jax.random.uniform(jax.random.fold_in(key, 1), clean_BT.shape) < time_B[:, None]
+        hidden_BT = hide(counts_BT > 0, key)
         logits_BTV = self(jnp.where(hidden_BT | (counts_BT == 0), self.cfg.mask_id, clean_BT), rngs)
-        weight_BT = hidden_BT.astype(jnp.float32) * counts_BT / time_B[:, None]
-        nats, weights = cross_entropy(logits_BTV, clean_BT, weight_BT)
+        weight_BT = hidden_BT.astype(jnp.float32)
+        share_B1 = jnp.sum(weight_BT, axis=1, keepdims=True) / jnp.maximum(jnp.sum(counts_BT, axis=1, keepdims=True), 1)
+        nats, weights = cross_entropy(logits_BTV, clean_BT, weight_BT / jnp.where(share_B1 > 0, share_B1, 1.0))
         count = jnp.sum(counts_BT)
         return nats * weights / jnp.maximum(count, 1.0), {"weight": count}
 
@@ -86,12 +93,14 @@ class MaskedDiffusion(nnx.Module):
         )
 
 
-def times(count: int, key: jax.Array) -> jax.Array:
-    """`count` times in (0, 1], one in each of as many equal parts, at the same random place in each.
-
-    Kingma et al. 2021 (arXiv:2107.00630), appendix I.1: each alone is uniform, and their mean varies less.
-    """
-    return (jnp.arange(count, dtype=jnp.float32) + 1 - jax.random.uniform(key)) / count
+def hide(there_BT: jax.Array, key: jax.Array) -> jax.Array:
+    """(B, T): h of each row's tokens that are `there`, of n, every choice as likely, h from 1 to n by strata."""
+    share_key, order_key = jax.random.split(key)
+    noise_BT = jnp.where(there_BT, jax.random.uniform(order_key, there_BT.shape), 2.0)
+    count_B = jnp.sum(there_BT, axis=1)
+    h_B = jnp.ceil(layers.strata(count_B.size, share_key) * count_B.astype(jnp.float32)).astype(jnp.int32)
+    last_B1 = jnp.take_along_axis(jnp.sort(noise_BT, axis=1), jnp.maximum(h_B - 1, 0)[:, None], axis=1)
+    return there_BT & (noise_BT <= last_B1)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("num_tokens", "top_k"))

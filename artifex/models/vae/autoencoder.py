@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from artifex.models.convolution import Conv, GroupNorm, image
+from artifex.models.layers import noise_key
 from artifex.models.resnet import Downsample, ResnetBlock, SpatialAttention, Upsample
 from artifex.models.vae.config import KLAutoencoderConfig
 from artifex.models.vae.vae import LOGVAR_RANGE, gaussian_kl, image_weights, refuse_labels, weighted_mean
@@ -122,17 +123,17 @@ class KLAutoencoder(nnx.Module):
         z = z if self.latent_in is None else self.latent_in(z)
         return self.decoder(z).astype(jnp.float32)
 
-    def loss(self, batch: Mapping[str, jax.Array], rngs: nnx.Rngs | None = None) -> tuple[jax.Array, dict]:
-        """The equation above. Without `rngs` the noise is that of a fixed key.
+    def loss(
+        self, batch: Mapping[str, jax.Array], rngs: nnx.Rngs | None = None, *, index: int | jax.Array = 0
+    ) -> tuple[jax.Array, dict]:
+        """The equation above. Without `rngs` the noise is that of batch `index`.
 
         `kl` is in nats to an image; `latent_mean` and `latent_std` are over all numbers of the drawn latents:
         `latent_shift` and 1 / `latent_scale` for diffusion.
         """
         x_BHWC, weights_B = batch["image"], image_weights(batch)
         mean, logvar = self.encode(x_BHWC)
-        z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(
-            jax.random.key(0) if rngs is None else rngs.noise(), mean.shape
-        )
+        z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(noise_key(rngs, index), mean.shape)
         error = x_BHWC - self.decode(z)
         mse = weighted_mean(jnp.mean(jnp.square(error), axis=(1, 2, 3)), weights_B)
         absolute = weighted_mean(jnp.mean(jnp.abs(error), axis=(1, 2, 3)), weights_B)

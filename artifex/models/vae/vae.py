@@ -17,7 +17,7 @@ from flax import nnx
 from jax.scipy.special import log_ndtr
 
 from artifex.models.convolution import Conv, UpConv, image
-from artifex.models.layers import Linear, parameter
+from artifex.models.layers import Linear, noise_key, parameter
 from artifex.models.resnet import ResnetBlock
 from artifex.models.vae.config import VAEConfig
 
@@ -169,14 +169,16 @@ class VAE(nnx.Module):
         h = self.expand(z_BZ.astype(self.expand.kernel[...].dtype))
         return self.decoder(h).astype(jnp.float32)
 
-    def loss(self, batch: Mapping[str, jax.Array], rngs: nnx.Rngs | None = None) -> tuple[jax.Array, dict]:
+    def loss(
+        self, batch: Mapping[str, jax.Array], rngs: nnx.Rngs | None = None, *, index: int | jax.Array = 0
+    ) -> tuple[jax.Array, dict]:
         """Nats to an image, with the KL divergence times `beta`; `nats` and `bits_per_dim` are the bound, beta 1.
 
-        Without `rngs` the noise is that of a fixed key.
+        Without `rngs` the noise is that of batch `index`.
         """
         x_BHWC, weights_B = batch["image"], image_weights(batch)
         mean, logvar = self.encode(x_BHWC)
-        noise = jax.random.normal(jax.random.key(0) if rngs is None else rngs.noise(), mean.shape)
+        noise = jax.random.normal(noise_key(rngs, index), mean.shape)
         outputs = self._outputs(mean + jnp.exp(0.5 * logvar) * noise)
         reconstruction = -weighted_mean(self.likelihood.log_probability(x_BHWC, outputs), weights_B)
         kl = weighted_mean(gaussian_kl(mean, logvar), weights_B)

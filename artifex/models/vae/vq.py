@@ -51,10 +51,12 @@ class VQVAE(nnx.Module):
         """Images of codes."""
         return self.decode(self.quantizer.vectors(codes_BHW))
 
-    def loss(self, batch: Mapping[str, jax.Array], rngs: nnx.Rngs | None = None) -> tuple[jax.Array, dict]:
+    def loss(
+        self, batch: Mapping[str, jax.Array], rngs: nnx.Rngs | None = None, *, index: int | jax.Array = 0
+    ) -> tuple[jax.Array, dict]:
         """The equation above; with `rngs`, the codebook and the usage follow the batch.
 
-        `perplexity` and `codes_used` are of the codes of this batch.
+        `perplexity` and `codes_used` are of the codes of this batch. Validation draws nothing, whatever its `index`.
         """
         x_BHWC, weights_B = batch["image"], image_weights(batch)
         z_BHWZ = self.project(self.encoder(x_BHWC))
