@@ -37,6 +37,7 @@ class AffineConfig:
     in_channels: int = 2
     out_channels: int = 2
     num_classes: int = 3
+    dropout: float = 0.0
 
     def build(self, rngs):
         return Affine(self, rngs)
@@ -64,6 +65,7 @@ class PerfectConfig:
     in_channels: int = 2
     out_channels: int = 2
     num_classes: int = 0
+    dropout: float = 0.0
 
     def build(self, rngs):
         return Perfect(self, rngs)
@@ -154,6 +156,30 @@ def test_any_rows_of_a_validation_batch_see_all_times(rows):
     each = np.asarray(jax.jit(jax.vmap(lambda index: model.loss(batch, index=index)[0]))(jnp.arange(2_000)))
     # E (eps - output)^2 with output t: 1 + 1/3
     assert np.mean(each) == pytest.approx(4 / 3, abs=4 * np.std(each) / np.sqrt(2_000))
+
+
+class Shaken(Affine):
+    """Affine, and where a key is given noise that tells that it was."""
+
+    def __call__(self, x, t_B, condition=None, key=None):
+        y = super().__call__(x, t_B, condition)
+        return y if key is None else y + jax.random.normal(key, x.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShakenConfig(AffineConfig):
+    dropout: float = 0.5
+
+    def build(self, rngs):
+        return Shaken(self, rngs)
+
+
+def test_dropout_is_for_training_alone():
+    model, plain, batch = model_of(ShakenConfig()), model_of(), batch_of()
+    assert float(loss_of(model, batch)[0]) == float(loss_of(plain, batch)[0])
+    np.testing.assert_array_equal(model.sample(jax.random.key(0), count=2), plain.sample(jax.random.key(0), count=2))
+    first, other = (training_loss_of(model, batch, jax.random.key(seed))[0] for seed in (1, 2))
+    assert float(first) > float(training_loss_of(plain, batch, jax.random.key(1))[0]) + 0.1 and first != other
 
 
 def test_masked_rows_count_for_nothing():

@@ -16,6 +16,7 @@ from flax import nnx
 from artifex.config import Config
 from artifex.models.diffusion import blocks
 from artifex.models.diffusion.networks import DIT, MMDIT, UNET, DiTConfig, MMDiTConfig, UNetConfig
+from artifex.models.resnet import ResnetBlock
 from artifex.models.stack import Execution, execution
 from artifex.scaling import axes
 from artifex.scaling.placement import leaves_with_names, names_of, shapes_of, sharding
@@ -116,6 +117,12 @@ def test_a_fresh_network_predicts_zero_and_its_transformer_blocks_are_the_identi
     out = run(params, x, t, condition)
     assert out.shape == (*x.shape[:3], cfg.out_channels)
     np.testing.assert_array_equal(out, 0)
+    if isinstance(cfg, UNetConfig):
+        # read by a head of other numbers, the image has passed no residual branch and no attention: no time, no label
+        params["conv_out"]["kernel"] = params["conv_out"]["kernel"] + 1.0
+        before, after = run(params, x, t, condition), run(params, x, t + 1, condition + 1)
+        np.testing.assert_array_equal(before, after)
+        assert np.abs(before).max() > 0.1
     if isinstance(cfg, DiTConfig):
         # read by a head of other numbers, the stream is still that of the patches: no time, label or other patch in it
         head = params["head"]["project"]
@@ -169,6 +176,29 @@ def test_bfloat16_stays_near_float32_and_traces_once(network):
     half = run(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params), *given)
     assert half.dtype == jnp.float32
     assert np.abs(half - full).max() < 0.05 * np.abs(full).max()
+
+
+def test_dropout_zeroes_its_share_before_the_second_convolution_and_scales_up_the_rest():
+    block = ResnetBlock(8, 8, groups=2, dropout=0.25, out_scale=0.0, rngs=nnx.Rngs(0))
+    block.conv2.kernel[...] = block.conv2.kernel[...].at[1, 1].set(jnp.eye(8))  # what enters it leaves it
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 16, 16, 8)), jnp.float32)
+    whole, dropped = block(x) - x, block(x, key=jax.random.key(1)) - x
+    kept = np.asarray(jnp.abs(dropped) > 0)
+    assert abs(kept.mean() - 0.75) < 0.02
+    np.testing.assert_allclose(dropped, np.where(kept, whole / 0.75, 0), atol=1e-5)
+
+
+def test_each_residual_block_draws_its_own_dropout_and_a_call_without_a_key_none():
+    cfg = dataclasses.replace(SMALL["unet"], dropout=0.5)
+    blocks = [node for _, node in nnx.iter_graph(abstract(cfg)) if isinstance(node, ResnetBlock)]
+    assert cfg.residual_blocks == len(blocks) == 8
+    params, given = randomised(cfg)[1], inputs(cfg)
+    whole, one, again, other = (
+        compiled(cfg)(params, *given, *key) for key in ([], *([jax.random.key(seed)] for seed in (0, 0, 1)))
+    )
+    np.testing.assert_allclose(whole, compiled(SMALL["unet"])(params, *given), atol=1e-6)
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - other).max() > 0.01 < np.abs(one - whole).max()
 
 
 @pytest.fixture(scope="module", params=["dit", "mmdit"])
@@ -260,6 +290,7 @@ def test_patches_are_squares_row_by_row_and_come_back():
         (lambda: UNetConfig(head_dim=48), "head_dim 48 does not divide the 256 channels of level"),
         (lambda: UNetConfig(frequency_shift=2), "frequency_shift is 2"),
         (lambda: UNetConfig(block_channels=()), "block_channels is"),
+        (lambda: UNetConfig(dropout=1.0), r"dropout 1\.0 is not in"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(make, message):

@@ -7,8 +7,11 @@ import pytest
 from flax import nnx
 
 from artifex import models
+from artifex.models.diffusion import variance
 from artifex.models.diffusion.layouts import CONV, LINEAR, TENSORS, linear
 from artifex.models.diffusion.networks import DIT, UNET, MMDiTConfig
+from artifex.models.diffusion.objective import to_x0
+from artifex.models.diffusion.process import DDPM as DDPMProcess
 from artifex.models.layouts import Entry, Layout
 from artifex.models.weights import from_pretrained, save_pretrained
 
@@ -71,7 +74,7 @@ DDPM = {"attention_head_dim": None, "downsample_padding": 0, "flip_sin_to_cos": 
 NETWORKS = {
     "DiT": dit,
     "DiT of other sizes": lambda: dit(patch_size=4, out_channels=4, norm_eps=1e-2),
-    "DDPM": lambda: unet(1, layers_per_block=2, norm_eps=1e-6, **DDPM),
+    "DDPM": lambda: unet(1, layers_per_block=2, norm_eps=1e-6, dropout=0.1, **DDPM),
     "UNet with classes": lambda: unet(1, 2, num_class_embeds=11, time_embedding_dim=48),
     "UNet without attention": lambda: unet(add_attention=False, in_channels=2, out_channels=5),
     "ADM": lambda: unet(
@@ -126,6 +129,7 @@ def test_the_published_networks_are_those_of_diffusers():
         "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
         "norm_eps": 1e-6,
         "sample_size": 32,
+        "dropout": 0.1,
         **DDPM,
     }
     assert read["UNet2DModel"](published) == UNET["ddpm-cifar"]
@@ -204,3 +208,47 @@ def test_output_equals_that_of_sd3(tmp_path, monkeypatch):
     text = {"encoder_hidden_states": (3, 7, 20), "pooled_projections": (3, 12)}
     condition = {name: draw.normal(size=shape).astype(np.float32) for name, shape in text.items()}
     assert_same_output(theirs, tmp_path, **condition)
+
+
+@pytest.mark.parametrize(("betas", "clipped"), [("linear", True), ("cosine", False)])
+def test_each_ancestral_step_with_a_learned_variance_equals_that_of_diffusers(betas, clipped, monkeypatch):
+    scheduler = diffusers.DDPMScheduler(
+        beta_schedule={"linear": "linear", "cosine": "squaredcos_cap_v2"}[betas],
+        variance_type="learned_range",
+        clip_sample=clipped,
+    )
+    # in float64: theirs in float32 have three digits of the first betas
+    beta = np.linspace(1e-4, 0.02, 1_000) if betas == "linear" else scheduler.betas.double().numpy()
+    scheduler.alphas_cumprod = torch.cumprod(1 - torch.from_numpy(beta), 0)
+    entries = [999, 979, 600, 300, 20, 2, 1, 0]  # to entry 0: theirs adds noise in a last step from another one
+    scheduler.set_timesteps(timesteps=entries)
+    steps = len(entries)
+    shape, draw = (2, 4, 4, 3), np.random.default_rng(0)
+    x_T = draw.normal(size=shape).astype(np.float32)
+    outputs = draw.normal(size=(steps, *shape[:3], 6)).astype(np.float32)
+    key = jax.random.key(0)
+    noise = [np.asarray(jax.random.normal(each, shape)) for each in jax.random.split(key, steps)]
+
+    def channels_first(x):
+        return torch.from_numpy(np.array(x, np.float64).transpose(0, 3, 1, 2))
+
+    fresh = iter(noise)
+    module = "diffusers.schedulers.scheduling_ddpm.randn_tensor"
+    monkeypatch.setattr(module, lambda shape, **how: channels_first(next(fresh)))
+    expected = [channels_first(x_T)]
+    for time, output in zip(scheduler.timesteps, outputs, strict=True):
+        expected.append(scheduler.step(channels_first(output), time, expected[-1]).prev_sample)
+    expected = np.stack([x.numpy().transpose(0, 2, 3, 1) for x in expected])
+
+    process, seen = DDPMProcess(betas), []
+
+    def denoise(x, t_B):
+        eps, v = jnp.split(jnp.asarray(outputs[len(seen)]), 2, axis=-1)
+        seen.append(np.asarray(x))
+        x0 = to_x0("eps", eps, x, t_B, process)
+        return (jnp.clip(x0, -1, 1) if clipped else x0), v
+
+    with jax.disable_jit():  # a loop in Python, whose steps can be seen
+        last = variance.ddpm(denoise, jnp.asarray(x_T), process, np.array(entries, np.float32) / 999, key)
+    for ours, theirs in zip([*seen, last], expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())

@@ -11,8 +11,9 @@ from flax import nnx
 from scipy import stats
 
 from artifex.models.convolution import UpConv, convolve, upsample, upsampled_convolve
+from artifex.models.likelihoods import discretized_gaussian
 from artifex.models.vae.config import PRESETS, KLAutoencoderConfig, VAEConfig, VQConfig
-from artifex.models.vae.vae import discretized_gaussian, gaussian_kl
+from artifex.models.vae.vae import gaussian_kl
 
 SMALL = VAEConfig(image_size=8, channels=1, block_channels=(8, 16), residual_blocks=1, latent_dim=4, levels=17)
 CONFIGS = {

@@ -37,6 +37,7 @@ ZOO = {
     "fsq-digits": {},
     "kl-digits": {},
     "unet-digits": {},
+    "iddpm-digits": {},
     "edm-digits": {},
     "dit-digits": {},
     "latent-dit-digits": {},

@@ -19,7 +19,8 @@ class ResnetBlock(nnx.Module):
 
     With `scale_shift`, (scale, shift) = W silu(c) act after the second norm, norm2(h) (1 + scale) + shift, as in
     Dhariwal and Nichol 2021 (arXiv:2105.05233). Where channels change, x passes through a 1x1 convolution. `condition`
-    is the width of c; without it the block takes none.
+    is the width of c; without it the block takes none. `out_scale` is the `scale` of conv2's first weights: with 0 the
+    block starts as what passes beside it.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class ResnetBlock(nnx.Module):
         condition: int | None = None,
         scale_shift: bool = False,
         dropout: float = 0.0,
+        out_scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
         self.scale_shift, self.rate = scale_shift, dropout
@@ -44,7 +46,7 @@ class ResnetBlock(nnx.Module):
             else layers.Linear((condition, width), ("condition", "conv_out"), bias=True, rngs=rngs)
         )
         self.norm2 = GroupNorm(outputs, groups, eps=eps)
-        self.conv2 = Conv(outputs, outputs, rngs=rngs)
+        self.conv2 = Conv(outputs, outputs, scale=out_scale, rngs=rngs)
         self.shortcut = Conv(inputs, outputs, 1, rngs=rngs) if inputs != outputs else None
 
     def __call__(self, x_BHWC: jax.Array, c_BE: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
@@ -67,9 +69,21 @@ class ResnetBlock(nnx.Module):
 
 
 class SpatialAttention(nnx.Module):
-    """x + out(attention over all pixels of the group norm of x), heads dividing the channels."""
+    """x + out(attention over all pixels of the group norm of x), heads dividing the channels.
 
-    def __init__(self, channels: int, heads: int = 1, *, groups: int = 32, eps: float = 1e-5, rngs: nnx.Rngs):
+    `out_scale` is the `scale` of the first weights of `out`: with 0 it starts as the identity.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int = 1,
+        *,
+        groups: int = 32,
+        eps: float = 1e-5,
+        out_scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
         if channels % heads:
             raise ValueError(f"{channels} channels do not divide into {heads} attention heads; choose a divisor")
         self.heads = heads
@@ -78,7 +92,7 @@ class SpatialAttention(nnx.Module):
         self.query = layers.Linear(shape, names, bias=True, rngs=rngs)
         self.key = layers.Linear(shape, names, bias=True, rngs=rngs)
         self.value = layers.Linear(shape, names, bias=True, rngs=rngs)
-        self.out = layers.Linear(shape, names, bias=True, rngs=rngs)
+        self.out = layers.Linear(shape, names, bias=True, scale=out_scale, rngs=rngs)
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         B, H, W, C = x_BHWC.shape

@@ -47,8 +47,8 @@ class ImageTask:
                 f"{config.model.name!r} is made for {spec.num_classes} classes, but {corpus.source} has "
                 f"{corpus.num_classes or 'no labels'}; set model.network.num_classes={corpus.num_classes}"
             )
-        levels = getattr(spec, "levels", corpus.levels)
-        if levels != corpus.levels:
+        levels = getattr(spec, "levels", None)
+        if levels is not None and levels != corpus.levels:
             raise ValueError(
                 f"model.levels is {levels}, but a channel of {corpus.source} has {corpus.levels} values; set "
                 f"model.levels={corpus.levels}"

@@ -24,7 +24,8 @@ TRAINING_TIMES: dict[str, tuple[str, ...]] = {
 class DiffusionConfig:
     """A network, the process it undoes, what it predicts and how samples are drawn.
 
-    With an autoencoder the network works on its latents. Raises `ValueError` for parts that do not fit together.
+    A network with twice as many channels out as in learns the variance of the ancestral step: `variance.py`. With an
+    autoencoder the network works on its latents. Raises `ValueError` for parts that do not fit together.
     """
 
     network: UNetConfig | DiTConfig | MMDiTConfig = UNET["unet-digits"]  # what predicts: UNet, DiT or MMDiT
@@ -37,6 +38,7 @@ class DiffusionConfig:
     sampling_steps: int = 20  # steps of the sampler; heun calls the network twice a step, the others once
     guidance: float = 1.0  # classifier-free guidance while sampling; 1: none, above 1: sharper than the data
     condition_dropout: float = 0.1  # share of examples trained without their label or text, which guidance needs
+    levels: int | None = None  # values a channel of the data takes, for the bound of a learned variance; none: any
     autoencoder: Any = None  # configuration of the frozen autoencoder of a latent model; none: works on pixels
     autoencoder_weights: str = ""  # folder that training starts the frozen autoencoder from
 
@@ -90,6 +92,19 @@ class DiffusionConfig:
                 f"network puts out {net.out_channels} channels for {net.in_channels}; expected as many, or twice as "
                 "many where a variance stands beside the prediction"
             )
+        if self.learns_variance and not self.process.startswith("ddpm"):
+            raise ValueError(
+                f"network puts out a variance behind its prediction, which process {self.process!r} has no use for; "
+                f"choose process 'ddpm_linear' or 'ddpm_cosine', or network.out_channels {net.in_channels}"
+            )
+        if self.levels is not None:
+            if not self.learns_variance or self.autoencoder is not None:
+                raise ValueError(
+                    f"levels {self.levels} has no effect but on the bound of a learned variance over pixels; leave it "
+                    "out"
+                )
+            if self.levels < 2:
+                raise ValueError(f"levels is {self.levels}; a channel takes at least 2 values")
         if self.autoencoder is None:
             if self.autoencoder_weights:
                 raise ValueError(f"autoencoder_weights {self.autoencoder_weights!r} have no autoencoder; give one")
@@ -102,6 +117,11 @@ class DiffusionConfig:
                 f"network takes {net.image_size} x {net.image_size} x {net.in_channels}, but the autoencoder's latents "
                 f"are {latent[0]} x {latent[0]} x {latent[1]}; make them equal"
             )
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network puts out a variance behind its prediction."""
+        return self.network.out_channels > self.network.in_channels
 
     @property
     def image_size(self) -> int:
@@ -144,6 +164,10 @@ PRESETS: dict[str, DiffusionConfig] = {
     },
     "unet-digits": DiffusionConfig(network=UNET["unet-digits"], **_FLOW_DIGITS),
     "dit-digits": DiffusionConfig(network=DIT["dit-digits"], **_FLOW_DIGITS),
+    # Nichol and Dhariwal 2021 (arXiv:2102.09672): a learned variance over the cosine schedule, few ancestral steps
+    "iddpm-digits": DiffusionConfig(
+        network=UNET["iddpm-digits"], sampling_steps=50, guidance=2.0, levels=17, **(_DDPM | {"process": "ddpm_cosine"})
+    ),
     # Karras et al. 2022 (arXiv:2206.00364): 18 steps of Heun
     "edm-digits": DiffusionConfig(
         network=UNET["unet-digits"], sampling_steps=18, guidance=2.0, sigma_data=0.75, **_EDM

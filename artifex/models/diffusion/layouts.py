@@ -168,6 +168,7 @@ def read_unet(config: Mapping[str, Any]) -> UNetConfig:
         condition_dim=config.get("time_embedding_dim"),
         cosine_first=config.get("flip_sin_to_cos", True),
         frequency_shift=config.get("freq_shift", 0),
+        dropout=config.get("dropout", 0.0),
     )
 
 
@@ -201,6 +202,7 @@ def write_unet(cfg: UNetConfig) -> dict[str, Any]:
         "time_embedding_dim": cfg.condition_dim,
         "flip_sin_to_cos": cfg.cosine_first,
         "freq_shift": cfg.frequency_shift,
+        "dropout": cfg.dropout,
         "act_fn": "silu",
         "time_embedding_type": "positional",
         "center_input_sample": False,

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from artifex.models import layers
-from artifex.models.diffusion import objective
+from artifex.models.diffusion import objective, variance
 from artifex.models.diffusion.config import DiffusionConfig
 from artifex.models.diffusion.guidance import Network, guided
 from artifex.models.diffusion.process import DDPM, EDM, FlowMatching, Process, corrupt, per_example
@@ -39,6 +39,9 @@ class Diffusion(nnx.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean over images and their dims of the weighted squared error of the prediction.
 
+        Where the network puts out a variance, plus 0.001 of the bound that trains it (`variance.bound`): the metrics
+        `mse` and `vlb`, in bits per dim, are the two.
+
         `batch`: "image" (B, H, W, C) in [-1, 1], "label" (B,) where the model has classes, optionally "mask" (B,), 0
         for rows that do not count, and, for a network that reads text, optionally "condition". Times are the B
         strata of their distribution. Without `rngs` noise and times are those of batch `index`, latents are means and
@@ -53,14 +56,24 @@ class Diffusion(nnx.Module):
         if rngs is not None:
             condition = self._drop(condition, drop_key, B)
 
+        network: Network = self.network
+        if rngs is not None and self.cfg.network.dropout:
+            network = functools.partial(network, key=rngs.dropout())
+
         x_t = corrupt(self.process, x0, eps, t_B)
-        output = self._predict(self.network, x_t, t_B, condition)
+        output, v = self._predict(network, x_t, t_B, condition)
         error = output - objective.target(self.cfg.prediction, x0, eps, t_B, self.process)
         weight_B = objective.weight(self.cfg.weighting, self.cfg.prediction, t_B, self.process)
         loss_B = weight_B * jnp.mean(jnp.square(error), axis=tuple(range(1, error.ndim)))
         mask_B = batch.get("mask", jnp.ones(B))
         weight = jnp.sum(mask_B)
-        return jnp.sum(mask_B * loss_B) / jnp.maximum(weight, 1.0), {"weight": weight}
+        loss = jnp.sum(mask_B * loss_B) / jnp.maximum(weight, 1.0)
+        if not self.cfg.learns_variance:
+            return loss, {"weight": weight}
+        predicted = objective.to_x0(self.cfg.prediction, output, x_t, t_B, self.process)
+        vlb_B = variance.bound(x0, predicted, v, t_B, self.process, levels=self.cfg.levels)
+        vlb = jnp.sum(mask_B * vlb_B) / jnp.maximum(weight, 1.0)
+        return loss + variance.BOUND_WEIGHT * vlb, {"weight": weight, "mse": loss, "vlb": vlb}
 
     def encode(self, image_BHWC: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """What the network works on: the image, or its latent, drawn by `key` or the mean, shifted and scaled."""
@@ -85,9 +98,15 @@ class Diffusion(nnx.Module):
         On pixels it is cut to [-1, 1], where every mean of images lies: Ho et al. 2020 in their code, and what keeps
         guided samples from saturating.
         """
-        output = self._predict(network, x, t_B, condition)
+        return self.denoise_and_vary(network, x, t_B, condition)[0]
+
+    def denoise_and_vary(
+        self, network: Network, x: jax.Array, t_B: jax.Array, condition: Any = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """That mean, and the v of `variance` that the network puts out beside it: no channels where it has none."""
+        output, v = self._predict(network, x, t_B, condition)
         x0 = objective.to_x0(self.cfg.prediction, output, x, t_B, self.process)
-        return x0 if self.autoencoder is not None else jnp.clip(x0, -1.0, 1.0)
+        return x0 if self.autoencoder is not None else jnp.clip(x0, -1.0, 1.0), v
 
     def sample(
         self,
@@ -126,10 +145,11 @@ class Diffusion(nnx.Module):
         how: dict[str, Any] = {"count": count, "steps": steps, "sampler": sampler}
         return _sample(graphdef, nnx.to_pure_dict(state), key, condition, scale, **how)
 
-    def _predict(self, network: Network, x: jax.Array, t_B: jax.Array, condition: Any) -> jax.Array:
-        """The network's prediction for x_t = x; a variance that it puts out behind that is not used."""
+    def _predict(self, network: Network, x: jax.Array, t_B: jax.Array, condition: Any) -> tuple[jax.Array, jax.Array]:
+        """The network's prediction for x_t = x, and what it puts out behind that."""
         scaled = per_example(self.process.input_scale(t_B), x) * x
-        return network(scaled, self.process.network_time(t_B), condition)[..., : x.shape[-1]]
+        output = network(scaled, self.process.network_time(t_B), condition)
+        return output[..., : x.shape[-1]], output[..., x.shape[-1] :]
 
     def _null(self, condition: Any) -> Any:
         """What stands for no condition."""
@@ -201,7 +221,8 @@ def _sample(
     noise = jax.random.normal(start_key, (count, cfg.image_size, cfg.image_size, cfg.in_channels))
     x_T = process.sigma(jnp.asarray(times[0])) * noise
 
-    def denoise(x: jax.Array, t_B: jax.Array) -> jax.Array:
-        return model.denoise(network, x, t_B, condition)
-
-    return model.decode(SAMPLERS[sampler](denoise, x_T, process, times, sampler_key))
+    # a variance is for the ancestral step alone; the others follow the probability flow, which has none
+    varies = sampler == "ddpm" and model.cfg.learns_variance
+    draw, denoise = (variance.ddpm, model.denoise_and_vary) if varies else (SAMPLERS[sampler], model.denoise)
+    x0 = draw(lambda x, t_B: denoise(network, x, t_B, condition), x_T, process, times, sampler_key)
+    return model.decode(x0)

@@ -36,6 +36,7 @@ class UNetConfig:
     condition_dim: int | None = None  # width of the time and class embedding; none: 4 times the first level's channels
     cosine_first: bool = False  # cosines before sines in the time embedding
     frequency_shift: int = 1  # the i-th of n frequencies is 10000^(-i / (n - shift)), 0 or 1
+    dropout: float = 0.0  # share of activations dropped in each residual block while training
 
     def __post_init__(self) -> None:
         _check_positive(self, "image_size", "in_channels", "out_channels", "layers_per_block", "groups", "norm_eps")
@@ -67,12 +68,19 @@ class UNetConfig:
             raise ValueError(f"{name} is {getattr(self, name)}; choose 0 or 1")
         if self.block_channels[0] % 2 or self.block_channels[0] < 4:
             raise ValueError(f"block_channels starts with {self.block_channels[0]}; as many sines and cosines are half")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
 
     # A derived size stays None in its field, so that replacing the size it derives from moves it along.
     @property
     def condition(self) -> int:
         """Width of the embedding of time and class."""
         return self.condition_dim or 4 * self.block_channels[0]
+
+    @property
+    def residual_blocks(self) -> int:
+        """How many there are: on the way down, two at the bottom, on the way up."""
+        return len(self.block_channels) * (2 * self.layers_per_block + 1) + 2
 
     def heads(self, channels: int) -> int:
         """Attention heads over `channels`."""
@@ -103,6 +111,8 @@ class DiTConfig:
     num_heads: int = 6  # attention heads, embed_dim / num_heads features each
     mlp_dim: int | None = None  # hidden width of a feed-forward layer; none: 4 embed_dim
     mlp_norm_eps: float = 1e-6  # added to the variance before a feed-forward layer, above 0; 1e-5 in diffusers' files
+
+    dropout: ClassVar[float] = 0.0  # published without
 
     def __post_init__(self) -> None:
         _check_transformer(self)
@@ -143,6 +153,7 @@ class MMDiTConfig:
     position_grid: int | None = None  # patches on a side of the grid whose centre gives positions; none: the image's
 
     num_classes: ClassVar[int] = 0  # it is conditioned on text, never on labels
+    dropout: ClassVar[float] = 0.0  # published without
 
     def __post_init__(self) -> None:
         _check_transformer(self)
@@ -191,18 +202,20 @@ def _check_transformer(cfg: DiTConfig | MMDiTConfig) -> None:
         )
 
 
+_UNET_DIGITS: dict[str, Any] = {
+    "image_size": 8,
+    "in_channels": 1,
+    "num_classes": 10,
+    "block_channels": (32, 64),
+    "groups": 8,
+    "downsample_padding": 1,
+}
+
 UNET: dict[str, UNetConfig] = {
-    "ddpm-cifar": UNetConfig(),  # Ho et al. 2020 (arXiv:2006.11239)
+    "ddpm-cifar": UNetConfig(dropout=0.1),  # Ho et al. 2020 (arXiv:2006.11239)
     "unet-32": UNetConfig(block_channels=(64, 128, 128), head_dim=64),
-    "unet-digits": UNetConfig(
-        image_size=8,
-        in_channels=1,
-        out_channels=1,
-        num_classes=10,
-        block_channels=(32, 64),
-        groups=8,
-        downsample_padding=1,
-    ),
+    "unet-digits": UNetConfig(out_channels=1, **_UNET_DIGITS),
+    "iddpm-digits": UNetConfig(out_channels=2, scale_shift=True, **_UNET_DIGITS),  # beside the prediction, a variance
 }
 """UNets by name."""
 

@@ -42,7 +42,7 @@ def ddim(
     """
     if eta and key is None:
         raise ValueError(f"ddim with eta {eta} draws noise; give it a key, or eta 0")
-    alpha, sigma = _schedule(process, times)
+    alpha, sigma = schedule(process, times)
     ratio = sigma[1:] * alpha[:-1] / (sigma[:-1] * alpha[1:])
     renewed = eta**2 * jnp.maximum(1.0 - jnp.square(ratio), 0.0)
     kept, fresh = sigma[1:] * jnp.sqrt(1.0 - renewed), sigma[1:] * jnp.sqrt(renewed)
@@ -79,7 +79,7 @@ def heun(denoise: Denoise, x_T: jax.Array, process: Process, times: Times, key: 
 
     Order 2, by 2 N - 1 calls of the network: the last step, to clean data, has no slope at its end.
     """
-    alpha, sigma = _schedule(process, times)
+    alpha, sigma = schedule(process, times)
     steps = len(times)
     # One call of the network a turn: turns 2i predict from time i, turns 2i + 1 correct from time i + 1.
     turn = np.arange(2 * steps - 1)
@@ -105,7 +105,7 @@ def dpm_solver_pp_2m(
     x_s = sigma_s / sigma_t x_t - alpha_s (e^-h - 1) D with h the step in log(alpha / sigma), and D the x_0 at t,
     extrapolated by that of the step before. The first and the last step are of order 1, for which D = x_0.
     """
-    alpha, sigma = _schedule(process, times)
+    alpha, sigma = schedule(process, times)
     shrink = sigma[1:] / sigma[:-1]
     gain = alpha[1:] - alpha[:-1] * shrink  # -alpha_s (e^-h - 1)
     h = jnp.diff(jnp.log(alpha) - jnp.log(sigma))  # infinite in a step to clean data, or from where alpha is 0
@@ -121,7 +121,7 @@ def dpm_solver_pp_2m(
     return jax.lax.scan(step, (x_T, jnp.zeros_like(x_T)), rows)[0][0]
 
 
-def _schedule(process: Process, times: Times) -> tuple[jax.Array, jax.Array]:
+def schedule(process: Process, times: Times) -> tuple[jax.Array, jax.Array]:
     """(alpha, sigma) at each of the times and of clean data, (N + 1,) each."""
     t = jnp.asarray(times)
     return (jnp.append(process.alpha(t), jnp.float32(1)), jnp.append(process.sigma(t), jnp.float32(0)))
