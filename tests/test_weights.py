@@ -16,9 +16,11 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
-from artifex import models
+from artifex import models, sample
+from artifex.data.tokenizers import ByteTokenizer
 from artifex.models import layers, weights
 from artifex.models.layouts import Entry, Layout
+from artifex.models.weights_config import preset_like
 from artifex.scaling.placement import names_of
 
 SMALL = {"vocab_size": 64, "embed_dim": 32, "num_heads": 4, "mlp_dim": 48, "sequence_length": 40, "head_dim": 8}
@@ -165,6 +167,41 @@ def test_another_librarys_layout_is_read_back_equal(architecture, tmp_path):
     assert_equal(params_of(model), params)
     again = weights.read_config(tmp_path)
     assert again == model.cfg and models.LAYOUTS[architecture].write_config(again)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, cfg in models.PRESETS.items() if name.endswith(("-8b", "-nano", "-7b"))]
+)
+def test_a_model_without_a_name_is_written_as_the_preset_it_is_most_like(name, tmp_path):
+    cfg = models.preset(name)
+    other = {"dropout": 0.25} if hasattr(cfg, "dropout") else {"sampling_steps": 3}
+    assert preset_like(cfg) == name and preset_like(dataclasses.replace(cfg, **other)) == name
+
+
+def test_the_layouts_of_a_model_are_those_it_can_be_written_in():
+    for architecture, (preset, fields) in SMALL_MODELS.items():
+        found = models.layouts_of(models.preset(preset, **(SMALL | fields)))
+        assert found[0] == "artifex" and architecture in found
+    assert models.layouts_of(models.preset("llama-nano", norm="layernorm")) == ["artifex"]
+    said = weights.save_pretrained.__doc__
+    assert [name for name in models.LAYOUTS if name not in said] == [], "the docstring lists every layout"
+
+
+@pytest.mark.parametrize("layout", ["artifex", "huggingface"])
+def test_a_folder_with_its_tokenizer_samples(layout, tmp_path):
+    model = models.create("llama-nano", rngs=nnx.Rngs(0), **SMALL | {"vocab_size": 256}, num_layers=1)
+    weights.save_pretrained(tmp_path / "bare", model, layout=layout)
+    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer.json, .* save_pretrained\(..., tokenizer=...\)"):
+        sample.sample(tmp_path / "bare", "def ")
+    weights.save_pretrained(tmp_path / "one", model, layout=layout, tokenizer=ByteTokenizer())
+    weights.save_pretrained(tmp_path / "two", model, layout=layout, tokenizer=tmp_path / "one" / "tokenizer.json")
+    texts = [sample.sample(tmp_path / name, "def ", num_tokens=5, temperature=0) for name in ("one", "two")]
+    drawn = model.sample(jax.random.key(0), prompt=np.frombuffer(b"def ", np.uint8)[None], num_tokens=5, temperature=0)
+    assert texts[0] == texts[1] == ["def " + ByteTokenizer().decode(drawn[0])]
+    for wrong, message in ((3, "tokenizer is of type int"), ("nowhere.json", "tokenizer nowhere.json is no file")):
+        with pytest.raises(ValueError, match=message):
+            weights.save_pretrained(tmp_path / "three", model, tokenizer=wrong)
+    assert not (tmp_path / "three").exists()
 
 
 def test_a_layout_writes_the_tensors_it_says(pair, tmp_path):

@@ -8,6 +8,7 @@ Importing this package, listing models and checking overrides import no JAX.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import fnmatch
@@ -105,6 +106,18 @@ def _replaced(what: str, base: Any, overrides: Mapping[str, Any]) -> Any:
         else:  # frozen configurations hold tuples where files have lists
             changes[field] = tuple(value) if isinstance(value, list) else value
     return dataclasses.replace(base, **changes)
+
+
+def layouts_of(cfg: Any) -> list[str]:
+    """What a model of this configuration can be written in by `artifex.models.weights.save_pretrained`: "artifex", and
+    of `LAYOUTS` those that have words for it."""
+    found = ["artifex"]
+    for name, layout in LAYOUTS.items():
+        if layout.config is type(cfg):
+            with contextlib.suppress(ValueError):
+                layout.write_config(cfg)
+                found.append(name)
+    return found
 
 
 def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> Any:

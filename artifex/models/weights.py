@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from artifex import models
 from artifex.models.layouts import Entry, Layout, Shape
 from artifex.models.safetensors_io import (
     CODES,
@@ -30,12 +29,19 @@ from artifex.models.safetensors_io import (
     Tensor,
     index_of,
     open_tensors,
-    read_json,
     shown,
     write_tensors,
 )
+from artifex.models.weights_config import (
+    CONFIG,
+    chosen_layout,
+    described,
+    preset_like,
+    read_config,
+    section_of,
+)
 
-CONFIG, TENSORS = "config.json", "model.safetensors"
+TENSORS, TOKENIZER = "model.safetensors", "tokenizer.json"
 FLOATS = ("F32", "BF16", "F16")  # what a parameter may be stored in
 PIECE = 2**25  # bytes compared or written at once
 MOST_TENSORS = 10**7  # of a model; a config.json that describes more is no model's
@@ -46,11 +52,6 @@ Slices = tuple[slice, ...]
 def holds_weights(folder: str | Path) -> bool:
     """Whether `folder` holds weights in our own layout."""
     return any((Path(folder) / name).is_file() for name in (TENSORS, index_of(TENSORS)))
-
-
-def read_config(folder: str | Path) -> Any:
-    """The configuration of the model a folder holds: see `from_pretrained`."""
-    return _described(Path(folder))[0]
 
 
 def from_pretrained(folder: str | Path, *, shardings: Any = None, dtype: Any = None) -> Any:
@@ -81,23 +82,47 @@ def read_params(folder: str | Path, abstract: Any, cfg: Any = None, shardings: A
 
     `cfg` is the configuration that `abstract` was built from; None: that of the folder. Raises as `from_pretrained`.
     """
-    folder = Path(folder)
-    described, layout = _described(folder)
     expected = {_dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
-    entries = _own(expected) if layout is None else layout.entries(described if cfg is None else cfg)
+    readers = _readers(Path(folder), expected, cfg)
+    places = itertools.repeat(None) if shardings is None else jax.tree.leaves(shardings)
+    leaves = [
+        _placed(readers[path], tuple(leaf.shape), np.dtype(leaf.dtype), where)
+        for (path, leaf), where in zip(expected.items(), places, strict=shardings is not None)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def described_params(folder: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """The parameters and buffers of the model that a folder's `config.json` describes, by their names in our layout,
+    with shape and, for floating-point ones, float32. Reads no tensor."""
+    cfg = read_config(folder)
+    abstract = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: cfg.build(nnx.Rngs(0)))))
+    return {_dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+
+
+def read_some(folder: str | Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Some of the parameters that `described_params` names, each straight into the sharding that `wanted` states.
+
+    All that the folder should hold must be there and fit; the rest of it is not read. Raises as `from_pretrained`.
+    """
+    readers = _readers(Path(folder), described_params(folder), None)
+    return {
+        name: _placed(readers[name], tuple(leaf.shape), np.dtype(leaf.dtype), leaf.sharding)
+        for name, leaf in wanted.items()
+    }
+
+
+def _readers(folder: Path, expected: Mapping[str, Any], cfg: Any) -> dict[str, Callable[[Slices, np.dtype], Any]]:
+    """What reads slices of each of the `expected` parameters, once all that the folder holds was found to fit."""
+    there, layout = described(folder)
+    entries = _own(expected) if layout is None else layout.entries(there if cfg is None else cfg)
     sources = _sources(entries, {path: tuple(leaf.shape) for path, leaf in expected.items()})
     stored = open_tensors(folder, TENSORS if layout is None else layout.tensors)
     stored = _check(folder, sources, expected, stored, layout)
     for source in sources:
         if source.entry.copies or source.entry.optional:
             _check_repeated(folder, source, sources, stored)
-    places = itertools.repeat(None) if shardings is None else jax.tree.leaves(shardings)
-    readers = {source.path: functools.partial(_read, source, stored) for source in sources if not source.entry.optional}
-    leaves = [
-        _placed(readers[path], tuple(leaf.shape), np.dtype(leaf.dtype), where)
-        for (path, leaf), where in zip(expected.items(), places, strict=shardings is not None)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+    return {source.path: functools.partial(_read, source, stored) for source in sources if not source.entry.optional}
 
 
 def save_pretrained(
@@ -107,102 +132,53 @@ def save_pretrained(
     params: Any = None,
     *,
     layout: str = "artifex",
+    tokenizer: Any = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a model to `folder`, one piece of one tensor in the host's memory at a time.
 
     `model` is a module, or the name of the preset that `cfg` was made from, with the nested dicts `params` of its
-    parameters and buffers. `layout` is "artifex"; or an architecture of `artifex.models.LAYOUTS` such as
-    "LlamaForCausalLM", for the library that has it; or "huggingface", the first of these that can hold the model. Above
+    parameters and buffers. `layout` is "artifex", our own, which holds every model; or an architecture of
+    `artifex.models.LAYOUTS`, for the library that has it: of `transformers` LlamaForCausalLM, MistralForCausalLM,
+    MixtralForCausalLM, Qwen3ForCausalLM, Gemma2ForCausalLM and GPT2LMHeadModel, of `diffusers` AutoencoderKL,
+    UNet2DModel and DiTTransformer2DModel; or "huggingface", the first of these that has words for the model.
+    `artifex.models.layouts_of(model.cfg)` lists those that do. `tokenizer` is what `artifex.data.tokenizers` makes, or
+    the path of a `tokenizer.json`: it is written beside the weights, where sampling looks for it. Above
     `max_shard_bytes` there are several files and an index.
 
-    Every array must be within reach of this process. Raises `ValueError` for a model that the layout has no words for.
+    Every array must be within reach of this process. Raises `ValueError` for a model that the layout has no words for,
+    and for a tokenizer that is neither.
     """
+    texts = {} if tokenizer is None else {TOKENIZER: _tokenizer_text(tokenizer)}
     name = model if isinstance(model, str) else None
     if isinstance(model, nnx.Module):
         cfg, params = getattr(model, "cfg"), nnx.to_pure_dict(nnx.state(model))  # noqa: B009
     values = {_dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     if layout == "artifex":
-        config, entries, file = {"model": _section(name or _preset_of(cfg), cfg)}, _own(values), TENSORS
+        config, entries, file = {"model": section_of(name or preset_like(cfg), cfg)}, _own(values), TENSORS
     else:
-        chosen, config = _chosen(cfg, layout)
+        chosen, config = chosen_layout(cfg, layout)
         entries, file = [entry for entry in chosen.entries(cfg) if not entry.optional], chosen.tensors
         if "dtype" in config:
             config["dtype"] = next(value.dtype.name for value in values.values() if _floating(value))
     sources = _sources(entries, {path: tuple(value.shape) for path, value in values.items()})
     tensors = [tensor for entry in entries for tensor in _to_write(entry, values)]
     assert {source.path for source in sources} == values.keys(), "a layout covers every parameter"
-    write_tensors(Path(folder), file, tensors, {CONFIG: json.dumps(config, indent=2) + "\n"}, max_shard_bytes)
+    texts[CONFIG] = json.dumps(config, indent=2) + "\n"
+    write_tensors(Path(folder), file, tensors, texts, max_shard_bytes)
 
 
-def _described(folder: Path) -> tuple[Any, Layout | None]:
-    """The configuration in a folder, and the layout of its tensors; None: our own."""
-    file = folder / CONFIG
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} holds no {CONFIG}; expected a folder written by save_pretrained")
-    try:
-        config = read_json(file)
-    except ValueError as error:
-        raise ValueError(f"{folder} describes no model: {error}") from error
-    try:
-        if "model" in config:
-            return _restored(config["model"]), None
-        architecture = config["_class_name"] if "_class_name" in config else config["architectures"][0]
-        layout = models.LAYOUTS.get(architecture)
-    except (KeyError, IndexError, TypeError) as error:
+def _tokenizer_text(tokenizer: Any) -> str:
+    if isinstance(tokenizer, str | Path):
+        if not Path(tokenizer).is_file():
+            raise ValueError(f"tokenizer {tokenizer} is no file; give the path of a {TOKENIZER}")
+        return Path(tokenizer).read_text(encoding="utf-8")
+    if not hasattr(tokenizer, "to_json"):
         raise ValueError(
-            f"{file} describes no model: expected {{'model': {{'name': ...}}}}, or 'architectures' or '_class_name' as "
-            f"other libraries write them ({type(error).__name__}: {error})"
-        ) from error
-    if layout is None:
-        raise ValueError(f"{file} is of a {shown(str(architecture))}; known are {', '.join(sorted(models.LAYOUTS))}")
-    try:
-        return layout.read_config(config), layout
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{file} describes no {architecture}: {type(error).__name__} {error}") from error
-
-
-def _restored(section: Mapping[str, Any]) -> Any:
-    fields = dict(section)
-    return models.preset(fields.pop("name"), **fields)
-
-
-def _section(name: str, cfg: Any) -> dict[str, Any]:
-    """`cfg` as fields of preset `name`, in the words of JSON."""
-    section = {"name": name, **json.loads(json.dumps(dataclasses.asdict(cfg)))}
-    if _restored(section) != cfg:
-        raise ValueError(f"preset {name!r} with other fields is not {cfg}; name the preset that it was made from")
-    return section
-
-
-def _preset_of(cfg: Any) -> str:
-    for name, base in models.PRESETS.items():
-        if type(base) is type(cfg):
-            try:
-                _section(name, cfg)
-            except (ValueError, TypeError):  # parts of another kind
-                continue
-            return name
-    raise ValueError(f"no preset is a {type(cfg).__name__} like {cfg}; write it in another library's layout")
-
-
-def _chosen(cfg: Any, name: str) -> tuple[Layout, dict[str, Any]]:
-    """The layout `name` and its `config.json`."""
-    fitting = {key: layout for key, layout in models.LAYOUTS.items() if layout.config is type(cfg)}
-    if name != "huggingface":
-        if name not in fitting:
-            known = ", ".join(["artifex", *sorted(fitting)])
-            raise ValueError(f"layout {name!r} does not hold a {type(cfg).__name__}; choose one of {known}")
-        return fitting[name], fitting[name].write_config(cfg)
-    reasons = []
-    for layout in fitting.values():
-        try:
-            return layout, layout.write_config(cfg)
-        except ValueError as error:
-            reasons.append(str(error))
-    raise ValueError(
-        f"no layout of another library holds this {type(cfg).__name__}: {'; '.join(reasons) or 'none has one'}"
-    )
+            f"tokenizer is of type {type(tokenizer).__name__}; give what artifex.data.tokenizers makes, or the path of "
+            f"a {TOKENIZER}"
+        )
+    return tokenizer.to_json()
 
 
 @dataclasses.dataclass(frozen=True)
