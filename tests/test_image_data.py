@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from artifex.data.images import load_images
+from artifex.data.images import load_images, only_classes
 
 GREY = {"image_size": 6, "channels": 1}
 RNG = np.random.default_rng(3)
@@ -70,6 +70,23 @@ def test_the_digits_are_scikit_learns():
         f"digits: {len(corpus.train):,} training and {len(corpus.validation)} validation images of 8x8x1, "
         "10 classes, 17 levels"
     )
+
+
+def test_some_classes_are_numbered_anew_and_what_was_held_out_stays_held_out():
+    pytest.importorskip("sklearn")
+    whole = load_images("digits", image_size=8, channels=1, validation_fraction=0.3)
+    some = only_classes(whole, (7, 2))
+    assert (some.class_names, some.num_classes) == (("7", "2"), 2) and some.fingerprint != whole.fingerprint
+    for part, of in ((some.train, whole.train), (some.validation, whole.validation)):
+        kept = [i for i in range(len(of)) if of.labels[i] in (7, 2)]
+        np.testing.assert_array_equal(part.labels, [(7, 2).index(of.labels[i]) for i in kept])
+        for here, there in zip(range(len(part)), kept, strict=True):
+            np.testing.assert_array_equal(part.image(here), of.image(there))
+    with pytest.raises(ValueError, match="names 10, but the classes of digits are 0 to 9"):
+        only_classes(whole, (3, 10))
+    bare = load_images("digits", image_size=8, channels=1, labels=False)
+    with pytest.raises(ValueError, match="digits has no labels; leave it out"):
+        only_classes(bare, (3,))
 
 
 @pytest.mark.parametrize("shape", [(20, 6, 6), (20, 6, 6, 1), (20, 6, 6, 3)])

@@ -46,6 +46,20 @@ def test_the_standard_library_is_its_sources_without_tests():
     assert 0.01 < len(corpus.validation) / (len(corpus.train) + len(corpus.validation)) < 0.08
 
 
+def test_a_package_is_its_sources_without_importing_it(tmp_path, monkeypatch):
+    package = tmp_path / "some_package"
+    for name in ("inner/a.py", "inner/b.py", "c.py", "notes.txt", "tests/test_it.py"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(f"a = {name!r}\n" * 9)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    corpus = load_text("package:some_package")
+    assert {*corpus.train_files, *corpus.validation_files} == {"__init__.py", "c.py", "inner/a.py", "inner/b.py"}
+    for wrong in ("package:nowhere", "package:this", "package:some_package.part", "package:"):
+        with pytest.raises(ValueError, match="is no installed package; install it, or give a folder of text"):
+            load_text(wrong)
+
+
 @pytest.mark.parametrize("source", ["stdlib", "folder"])
 def test_validation_files_never_appear_in_training(source, tmp_path):
     root = Path(sysconfig.get_path("stdlib")) if source == "stdlib" else write_folder(tmp_path)
@@ -210,7 +224,7 @@ def test_a_missing_empty_or_binary_source_is_refused(tmp_path):
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
     (tmp_path / "folder").mkdir()
     for source, message in {
-        "nothing": "nothing does not exist; give 'stdlib', a file, a folder or a .npy",
+        "nothing": "nothing does not exist; give 'stdlib', 'package:NAME', a file, a folder or a .npy",
         "nothing.npy": "nothing.npy cannot be read: No such file",
         "empty.txt": "empty.txt is empty",
         "one.txt": "one.txt has 1 bytes of text, too few to hold some out",

@@ -158,6 +158,38 @@ def load_images(
     )
 
 
+def only_classes(corpus: ImageCorpus, classes: Sequence[int]) -> ImageCorpus:
+    """The images of `classes`, numbered anew from 0 in this order. What was held out stays held out.
+
+    Raises `ValueError` where the corpus has no labels or no such class, or a split is left without images.
+    """
+    if not corpus.num_classes:
+        raise ValueError(f"data.classes is {tuple(classes)}, but {corpus.source} has no labels; leave it out")
+    if max(classes) >= corpus.num_classes:
+        raise ValueError(
+            f"data.classes names {max(classes)}, but the classes of {corpus.source} are 0 to {corpus.num_classes - 1}"
+        )
+    names = tuple(corpus.class_names[place] for place in classes)
+    number = np.full(corpus.num_classes, -1, np.int32)
+    number[list(classes)] = np.arange(len(classes))
+
+    def part(split: ImageSplit) -> ImageSplit:
+        assert split.labels is not None
+        labels = number[split.labels]
+        if not (labels >= 0).any():
+            raise ValueError(f"{corpus.source} has a split without images of classes {', '.join(names)}; give more")
+        return dataclasses.replace(split, chosen=split.chosen[labels >= 0], labels=labels[labels >= 0])
+
+    return dataclasses.replace(
+        corpus,
+        source=f"{corpus.source}, of it {', '.join(names)}",
+        train=part(corpus.train),
+        validation=part(corpus.validation),
+        class_names=names,
+        fingerprint=hashlib.sha256(f"{corpus.fingerprint} {tuple(classes)}".encode()).hexdigest(),
+    )
+
+
 def _read_path(path: Path, labels: bool) -> Source:
     with reading(path):
         path.stat()  # what is missing is said here

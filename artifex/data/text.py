@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import importlib.util
 import os
 import stat
 import sysconfig
@@ -85,7 +86,8 @@ def load_text(
 ) -> TextCorpus:
     """Read `source` and split it into training and validation.
 
-    `source`: 'stdlib', the running Python's own library without its tests; a folder, all UTF-8 text below it but
+    `source`: 'stdlib', the running Python's own library without its tests; 'package:NAME', the Python sources of an
+    installed package, which is not imported, without its tests; a folder, all UTF-8 text below it but
     hidden files, not through links to folders; one text file; or tokens on disk, mapped and never read whole: a 1-D
     integer `.npy`, or raw little-endian `.uint8`, `.uint16` or `.uint32`. (A folder named stdlib: './stdlib'.)
 
@@ -112,7 +114,7 @@ def load_text(
     if tokenizer == "ids":
         raise ValueError(f"tokenizer 'ids' is for token files (.npy, .uint16, ...), but {name} is text: choose 'bytes'")
 
-    documents, skipped = _read_stdlib() if source == "stdlib" else _read_path(path)
+    documents, skipped = _read_sources(name) if source == name and names_sources(name) else _read_path(path)
     train, validation = _split(name, documents, validation_fraction)
     if ready is None:
         ready = _cached_bpe(train, bpe_vocab_size, cache_dir)
@@ -144,19 +146,31 @@ def _ready_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
     return load_tokenizer(path)
 
 
-def _read_stdlib() -> tuple[list[_Document], list[str]]:
-    root = Path(sysconfig.get_path("stdlib"))
+def names_sources(source: str) -> bool:
+    """Whether `source` is one of the words for installed Python code: 'stdlib', or 'package:' and a name."""
+    return source == "stdlib" or source.startswith("package:")
+
+
+def _read_sources(source: str) -> tuple[list[_Document], list[str]]:
+    root = Path(sysconfig.get_path("stdlib")) if source == "stdlib" else _package(source.removeprefix("package:"))
     files = [f for f in _files(root, lambda folder: folder not in _NOT_THE_LIBRARY) if f.suffix == ".py"]
     if not files:
-        raise ValueError(f"this Python has no library sources at {root}; give a file or a folder of text as the source")
+        raise ValueError(f"{source} has no Python sources at {root}; give a file or a folder of text as the source")
     return _read(root, files)
+
+
+def _package(name: str) -> Path:
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise ValueError(f"data.source package:{name} is no installed package; install it, or give a folder of text")
+    return Path(next(iter(found.submodule_search_locations)))
 
 
 def _read_path(path: Path) -> tuple[list[_Document], list[str]]:
     try:
         is_folder = stat.S_ISDIR(path.stat().st_mode)
     except FileNotFoundError as error:
-        hint = "give 'stdlib', a file, a folder or a .npy of tokens as the source"
+        hint = "give 'stdlib', 'package:NAME', a file, a folder or a .npy of tokens as the source"
         raise ValueError(f"{path} does not exist; {hint}") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error

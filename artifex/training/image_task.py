@@ -12,7 +12,7 @@ import numpy as np
 
 from artifex.config import Config
 from artifex.data.image_batches import ImageBatches, all_images, image_validation_batches
-from artifex.data.images import ImageCorpus, load_images
+from artifex.data.images import ImageCorpus, load_images, only_classes
 from artifex.evaluation.grids import pairs_grid, save_grid
 from artifex.training.run_folder import RunFolder
 from artifex.training.task import Batch, Metrics, Score
@@ -42,6 +42,8 @@ class ImageTask:
             validation_fraction=config.data.validation_fraction,
             corrupt=config.data.corrupt,
         )
+        if config.data.classes is not None:
+            corpus = only_classes(corpus, config.data.classes)
         if spec.num_classes and corpus.num_classes != spec.num_classes:
             raise ValueError(
                 f"{config.model.name!r} is made for {spec.num_classes} classes, but {corpus.source} has "
