@@ -35,8 +35,9 @@ class DataConfig(Section):
     source: str = Field(
         default="stdlib",
         min_length=1,
-        description="text: 'stdlib', a file, a folder or a .npy of tokens; images: 'digits', a folder of PNG or JPEG, "
-        ".npz, .npy, IDX, CIFAR's binary files or a saved Hugging Face data set",
+        description="text: 'stdlib', 'package:NAME' (an installed one's Python sources), a file, a folder or a .npy of "
+        "tokens; images: 'digits', a folder of PNG or JPEG, .npz, .npy, IDX, CIFAR's binary files or a saved Hugging "
+        "Face data set",
     )
     tokenizer: str = Field(
         default="bytes", description="'bytes', 'bpe' (trained on the training files), or a tokenizer .json file"
@@ -54,6 +55,18 @@ class DataConfig(Section):
     corrupt: Literal["refuse", "skip"] = Field(
         default="refuse", description="images: what to do with files that cannot be read; skipped ones are counted"
     )
+    classes: tuple[Annotated[Int, Field(ge=0)], ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="images: the classes to learn, numbered anew from 0 in this order; none keeps all",
+    )
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _classes_as_tuple(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple) and len(set(map(str, value))) < len(value):
+            raise ConfigError(f"names a class twice: {shown(tuple(value))}")
+        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("tokenizer")
     @classmethod
@@ -70,6 +83,20 @@ class TrainingConfig(Section):
     batch_size: Int = Field(default=16, ge=1, description="rows a step, over all devices, at least 1")
     gradient_accumulation: Int = Field(default=1, ge=1, description="microbatches a step; divides batch_size")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of parameters, batches and dropout, 0 to 2^32 - 1")
+    start_from: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder with the weights that a new run begins with: a run, one step of it, weights of ours, of "
+        "transformers or of diffusers; none begins with random ones",
+    )
+    start_from_partial: bool = Field(
+        default=False, description="leave fresh, and list, what start_from lacks or has in another shape"
+    )
+    freeze: tuple[str, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="parameters that stay as they are, by patterns of their paths, as in 'embed/*,norm/*'",
+    )
     compute_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of activations; parameters stay float32"
     )
@@ -109,6 +136,18 @@ class TrainingConfig(Section):
         description="images drawn at the end and scored by a classifier of the held-out ones, if they have labels; 0 "
         "is none",
     )
+
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _patterns(cls, value: Any) -> Any:
+        """One pattern may stand alone; a list, as files have it, is a tuple."""
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _something_to_be_partial_about(self) -> Self:
+        if self.start_from_partial and self.start_from is None:
+            raise ConfigError("is true without start_from; name the folder, or leave it false", ("start_from_partial",))
+        return self
 
 
 class OptimizerConfig(Section):
@@ -213,7 +252,7 @@ class DeviceConfig(Section):
 ABOUT: dict[tuple[str, str], Literal["text", "images"]] = {
     **dict.fromkeys([("data", field) for field in ("tokenizer", "bpe_vocab_size", "sequence_length")], "text"),
     **dict.fromkeys([("training", field) for field in ("sample_tokens", "sample_prompt")], "text"),
-    **dict.fromkeys([("data", field) for field in ("flip", "crop", "corrupt")], "images"),
+    **dict.fromkeys([("data", field) for field in ("flip", "crop", "corrupt", "classes")], "images"),
     **dict.fromkeys([("training", field) for field in ("sample_images", "score_images")], "images"),
 }
 """Fields that only a model of text or only one of images makes use of."""
@@ -245,7 +284,7 @@ class Config(Section):
         if (reads := self.model.reads) == "text":
             longest = self.model.spec().sequence_length
             _check_most("data.sequence_length", self.data.sequence_length, "model.sequence_length", longest)
-        elif self.data.source == "stdlib":
+        elif self.data.source == "stdlib" or self.data.source.startswith("package:"):
             raise ConfigError(f"must be images for {self.model.name!r}, such as 'digits', got text", ("data", "source"))
         for (section, field), of in ABOUT.items():
             default = type(getattr(self, section)).model_fields[field].default

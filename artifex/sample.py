@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from artifex.cli import fail, user_errors
+from artifex.scaling.manifest import CheckpointError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,10 +18,13 @@ IMAGES = ("labels", "guidance", "steps", "sampler", "out")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line. Exits with 2 and one line for anything the user can mend."""
+    """The command line. Exits with 2 and one line for anything the user can mend, with 1 for damaged files."""
     args = _parser().parse_args(argv)
     with user_errors():
-        model = load(args.path, args.step)
+        try:
+            model = load(args.path, args.step)
+        except CheckpointError as error:
+            fail(str(error), code=1)
         given = {name: value for name, value in vars(args).items() if value is not None}
         wrong = [name for name in (IMAGES if model.cfg.reads == "text" else TEXT) if name in given]
         if wrong:
@@ -97,6 +101,11 @@ def continuations(
 
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; ask for at least 1")
+    if not (path / "tokenizer.json").is_file():
+        raise FileNotFoundError(
+            f"{path} holds no tokenizer.json, without which a prompt is no tokens; copy it there, or write it along: "
+            "save_pretrained(..., tokenizer=...)"
+        )
     tokenizer = load_tokenizer(path / "tokenizer.json")
     ids = np.asarray(tokenizer.encode(prompt))
     if ids.size == 0:
@@ -164,38 +173,22 @@ def rows_of(
     return np.asarray(images), [str(label) for label in chosen]
 
 
-def load(path: Path, step: int | None = None) -> Any:
-    """The model of a run folder (its average of weights where it keeps one) or of a folder of weights."""
-    import jax
-    from flax import nnx
+def load(path: str | Path, step: int | None = None) -> Any:
+    """The model of a run folder (its average of weights where it keeps one) or of a folder of weights.
 
-    from artifex.config import Config
+    Raises `FileNotFoundError`, `ValueError` or `CheckpointError` for what holds neither, and a step that is not there.
+    """
     from artifex.models.weights import from_pretrained
-    from artifex.scaling.checkpoints import Checkpoints
+    from artifex.training.restore import restore_model
 
+    path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is no folder; expected a run folder or a folder of weights")
-    if not (path / "checkpoints").is_dir():
-        if step is not None:
-            raise ValueError(f"{path} holds weights alone, so there is no step {step}; give the run folder instead")
-        return from_pretrained(path)
-    if not (path / "config.json").exists():
-        raise FileNotFoundError(f"{path} holds no config.json; expected a run folder or a folder of weights")
-    config = Config.from_file(path / "config.json")
-    with Checkpoints(path / "checkpoints") as checkpoints:
-        if step is None:
-            step, _ = checkpoints.newest_restorable()
-        if step is None:
-            raise FileNotFoundError(f"{path} holds no complete checkpoint yet; train it further first")
-        if step not in checkpoints.steps():
-            raise ValueError(f"{path} holds no checkpoint of step {step}; it has {checkpoints.steps()}")
-        graphdef, *parts = nnx.split(nnx.eval_shape(lambda: config.model.spec().build(nnx.Rngs(0))), nnx.Param, ...)
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        weights, buffers = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), [*map(nnx.to_pure_dict, parts)]
-        )
-        weights = checkpoints.restore(step, weights, under="params" if config.training.ema_decay is None else "ema")
-        return nnx.merge(graphdef, weights, checkpoints.restore(step, buffers, under="buffers") if buffers else {})
+    if (path / "checkpoints").is_dir():
+        return restore_model(path, step)
+    if step is not None:
+        raise ValueError(f"{path} holds weights alone, so there is no step {step}; give the run folder instead")
+    return from_pretrained(path)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ def open_run(config: Config, run_dir: str | Path) -> Run:
 
     from artifex.scaling.checkpoints import Checkpoints
     from artifex.training.run_folder import RunFolder
+    from artifex.training.start import check as check_start
     from artifex.training.state import blueprint
     from artifex.training.task import open_task
 
@@ -89,6 +90,9 @@ def open_run(config: Config, run_dir: str | Path) -> Run:
     # what is in the folder, and whether this run is the one in it
     folder = RunFolder(Path(run_dir))
     changes = folder.open(config)
+    # the weights it begins with and what stays frozen, by name and shape
+    if not folder.checkpoints.is_dir():
+        check_start(config)
     # data: read before anything is built, so that a wrong path costs nothing
     task = open_task(config, folder)
     # abstract model -> placement
@@ -115,18 +119,21 @@ def plan_of(config: Config, device_count: int) -> Plan:
 
 def begin(blue: Blueprint, checkpoints: Checkpoints, task: Task) -> tuple[TrainState, int, list[str]]:
     """The state to start from, the step it stands at, and what to tell the user about it."""
-    from artifex.training.frozen import fresh_state
+    from artifex.training.start import start_state
 
+    start_from = blue.config.training.start_from
     step, skipped = checkpoints.newest_restorable()
     if step is None:
-        return fresh_state(blue), 0, skipped
+        state, lines = start_state(blue)
+        return state, 0, [*skipped, *lines]
     saved = checkpoints.metadata(step)["data"]["fingerprint"]
     if saved != task.corpus.fingerprint:
         raise ValueError(
             f"the data changed: step {step} was trained on fingerprint {saved[:12]}, {task.corpus.source} now has "
             f"{task.corpus.fingerprint[:12]}; restore the data or choose another --run-dir"
         )
-    return checkpoints.restore(step, blue.state), step, [*skipped, f"resumed from step {step}"]
+    again = f"; it began with {start_from}, which is not read again" if start_from else ""
+    return checkpoints.restore(step, blue.state), step, [*skipped, f"resumed from step {step}{again}"]
 
 
 def run_steps(run: Run) -> Path:
@@ -158,6 +165,9 @@ def fit(run: Run, report: Report) -> tuple[TrainState, int]:
     meter, run_step, validate = Meter(config, task, run.folder, report), make_step(blue), make_validate(run)
     state, step = run.state, run.start
     with stop_signals() as stop:
+        if step == 0 and cfg.start_from is not None:  # what the weights are worth before they are trained on
+            with meter.aside():
+                meter.validated(step, *validate(state))
         while step < cfg.steps and not stop:
             asked = time.perf_counter()
             batch = place(blue, next(batches))
@@ -176,7 +186,9 @@ def fit(run: Run, report: Report) -> tuple[TrainState, int]:
             if last or (every and step % every == 0):
                 with meter.aside():  # reads this step's metrics first: what is not finite is never saved
                     run.checkpoints.save(
-                        step, state, {"data": {"fingerprint": task.corpus.fingerprint, "batches": step}}
+                        step,
+                        state,
+                        {**blue.metadata(), "data": {"fingerprint": task.corpus.fingerprint, "batches": step}},
                     )
                     task.look(blue.model(state), run.folder, step)
     batches.close()
@@ -247,7 +259,9 @@ def summary(run: Run) -> str:
     count, untrained = (
         sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(part)) for part in (run.state.params, run.state.buffers)
     )
-    size = f"{count:,} parameters" + (f" and {untrained:,} numbers that no gradient reaches" if untrained else "")
+    frozen = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.blue.split(run.state.params)[1]))
+    size = f"{count:,} parameters" + (f", {frozen:,} of them frozen," if frozen else "")
+    size += f" and {untrained:,} numbers that no gradient reaches" if untrained else ""
     devices = jax.devices()
     kind = f"{len(devices)} {devices[0].device_kind} device{'s' if len(devices) > 1 else ''}"
     return f"{run.config.model.name}, {size}, on {run.task.corpus.describe()}; {kind}, {run.blue.plan}"

@@ -152,11 +152,20 @@ class Checkpoints:
         """What `save` was given beside the arrays. Raises `CheckpointError` if the step has no valid manifest."""
         return self._read(step)["metadata"]
 
-    def restore(self, step: int, target: Any, *, under: str = "") -> Any:
+    def arrays(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every array of `step` by its path, such as "params/embed/table"; reads only the manifest.
+
+        Raises `CheckpointError` if the step has no valid one.
+        """
+        saved = self._read(step)["arrays"].items()
+        return {path: jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"]) for path, entry in saved}
+
+    def restore(self, step: int, target: Any, *, under: str = "", part: bool = False) -> Any:
         """The arrays of `step`, bit-equal, in the tree and the shardings of `target`.
 
         `target` is a pytree of `jax.ShapeDtypeStruct` with a sharding, or of arrays like the wanted ones. With `under`
         it stands for the part of the saved tree below that path ("params"), and only that part is read and verified.
+        With `part` it may also leave out arrays, which then are neither read nor verified.
         Nothing is cast, dropped or filled in: `ValueError` lists the first leaves that differ. `CheckpointError` names
         the file that is missing or damaged.
         """
@@ -168,6 +177,8 @@ class Checkpoints:
             for path, entry in self._read(step)["arrays"].items()
             if not under or path == under or path.startswith(prefix)
         }
+        if part:
+            arrays = {path: entry for path, entry in arrays.items() if path in wanted}
         _check_target(step, arrays, wanted)
         if problem := self._damage(step, set(wanted)):
             raise self._refusal(step, problem)
@@ -340,7 +351,7 @@ def _check_target(step: int, saved: dict[str, Any], wanted: dict[str, Any]) -> N
         more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise ValueError(
             f"step {step} does not fit, {len(differing)} of {len(paths)} arrays differ: {listed}{more}. "
-            "Build the target from the configuration in the checkpoint's metadata"
+            "artifex.restore opens a run as it was saved"
         )
 
 

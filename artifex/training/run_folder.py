@@ -14,7 +14,7 @@ from artifex.training.task import Metrics, Score
 FIXED = {
     "model": None,
     "data": None,
-    "training": ("seed", "batch_size"),
+    "training": ("seed", "batch_size", "start_from", "start_from_partial", "freeze"),
     "optimizer": ("name",),
 }
 """What makes a run the run it is: changed, the saved steps would not be steps of this run. None: the whole section."""
@@ -75,7 +75,7 @@ class RunFolder:
         """Drop the lines a resumed run will write again, and a last line that was cut off."""
         if not self.metrics.exists():
             return
-        kept = [record for record in self.read_metrics() if record["step"] <= step]
+        kept = [record for record in self.read_metrics() if record["step"] <= step] if step else []
         self.metrics.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
     def read_metrics(self) -> list[dict[str, Any]]:

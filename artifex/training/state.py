@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from artifex.config import Config
+from artifex.models.weights_config import section_of
 from artifex.optim import make_optimizer
 from artifex.scaling import placement
 from artifex.scaling.plan import Plan
+from artifex.training import freezing
 
 BATCH = {1: ("batch",), 2: ("batch", "sequence"), 4: ("batch", "height", "width", "channels")}
 """The logical axes of an array of a batch, by its rank."""
@@ -49,7 +52,9 @@ class Blueprint:
     mesh: Mesh
     graphdef: Any
     names: Any  # of the parameters
-    optimizer: optax.GradientTransformation
+    buffer_names: Any
+    frozen: frozenset[str]  # paths of parameters that stay as they are
+    optimizer: optax.GradientTransformation  # of the others
     state: TrainState  # of jax.ShapeDtypeStruct, each with its sharding
 
     @property
@@ -59,7 +64,11 @@ class Blueprint:
 
     def init(self) -> TrainState:
         """A fresh state. Every array is made in its shards: no device ever holds more than its share."""
-        return jax.jit(lambda: _fresh(self.config, self.optimizer), out_shardings=self.shardings)()
+        return jax.jit(lambda: _fresh(self.config, self.optimizer, self.frozen), out_shardings=self.shardings)()
+
+    def split(self, tree: Any) -> tuple[Any, Any]:
+        """What of a tree like the parameters is trained, and what is frozen; `freezing.join` puts both together."""
+        return freezing.split(tree, self.frozen)
 
     def model(self, state: TrainState) -> Any:
         """The model with the weights that validation, samples and exports use."""
@@ -68,6 +77,15 @@ class Blueprint:
     def tree(self, state: TrainState) -> Any:
         """The canonical tree of these weights: parameters and buffers in one nested dict."""
         return nnx.to_pure_dict(nnx.state(self.model(state)))
+
+    def metadata(self) -> dict[str, Any]:
+        """What a checkpoint says of itself: the run's configuration, every field of its model, and the logical axes of
+        every parameter and buffer by its path. Plain values, as JSON gives them back."""
+        model = self.config.model
+        told = {"config": self.config.to_dict(), "model": section_of(model.name, model.spec())}
+        trees = ((self.state.params, self.names), (self.state.buffers, self.buffer_names))
+        named = {path: names for tree in trees for path, _, names in placement.leaves_with_names(*tree)}
+        return json.loads(json.dumps({**told, "names": named}))
 
     def batch_sharding(self, batch: dict[str, Any]) -> dict[str, NamedSharding]:
         """Where the arrays of a batch live: labels (batch), tokens (batch, sequence), images."""
@@ -85,8 +103,9 @@ def blueprint(config: Config, plan: Plan, mesh: Mesh) -> Blueprint:
     abstract = nnx.eval_shape(lambda: config.model.spec().build(nnx.Rngs(0)))
     graphdef, trained, rest = nnx.split(abstract, nnx.Param, ...)
     names, buffer_names = placement.names_of(trained), placement.names_of(rest)
-    optimizer = make_optimizer(config.optimizer, config.training.steps, names)
-    state = jax.eval_shape(lambda: _fresh(config, optimizer))
+    frozen = frozen_of(config, trained)
+    optimizer = make_optimizer(config.optimizer, config.training.steps, freezing.split(names, frozen)[0])
+    state = jax.eval_shape(lambda: _fresh(config, optimizer, frozen))
     rules, whole = plan.rules, NamedSharding(mesh, PartitionSpec())
     place = functools.partial(placement.sharding, rules=rules, mesh=mesh)
     placed = TrainState(
@@ -101,7 +120,14 @@ def blueprint(config: Config, plan: Plan, mesh: Mesh) -> Blueprint:
     state = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), state, placed
     )
-    return Blueprint(config, plan, mesh, graphdef, names, optimizer, state)
+    return Blueprint(config, plan, mesh, graphdef, names, buffer_names, frozen, optimizer, state)
+
+
+def frozen_of(config: Config, trained: nnx.State) -> frozenset[str]:
+    """The paths that `training.freeze` matches. Raises `ValueError` for a pattern that matches none of `trained`."""
+    patterns = config.training.freeze
+    paths = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(trained)]
+    return freezing.frozen_paths(paths, patterns) if patterns else frozenset()
 
 
 def _check_no_axis_idle(config: Config, plan: Plan, params: Any, names: Any) -> None:
@@ -124,12 +150,13 @@ def _is_names(node: Any) -> bool:
     return isinstance(node, tuple)
 
 
-def _fresh(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
+def _fresh(config: Config, optimizer: optax.GradientTransformation, frozen: frozenset[str]) -> TrainState:
     weights, noise = jax.random.split(jax.random.key(config.training.seed))
     _, *parts = nnx.split(config.model.spec().build(nnx.Rngs(weights)), nnx.Param, ...)
     params, buffers = map(nnx.to_pure_dict, parts)
     ema = None if config.training.ema_decay is None else jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.int32(0), params, buffers, optimizer.init(params), ema, jax.random.key_data(noise))
+    moments = optimizer.init(freezing.split(params, frozen)[0])
+    return TrainState(jnp.int32(0), params, buffers, moments, ema, jax.random.key_data(noise))
 
 
 def _place_optimizer(state: TrainState, names: Any, place: Callable, whole: NamedSharding) -> Any:

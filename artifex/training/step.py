@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from artifex.models.stack import Execution, execution
 from artifex.optim import make_schedule
 from artifex.scaling.axes import activation_rules
+from artifex.training.freezing import join
 from artifex.training.state import Blueprint, TrainState
 
 Batch = dict[str, jax.Array]
@@ -53,20 +54,23 @@ def make_step(blue: Blueprint) -> Callable[[TrainState, Batch], tuple[TrainState
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         loss, metrics, buffers, grads = gradients(state.params, state.buffers, batch, key)
-        updates, optimizer = blue.optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        trained, held = blue.split(state.params)
+        updates, optimizer = blue.optimizer.update(grads, state.optimizer, trained)
+        trained = optax.apply_updates(trained, updates)
         ema = state.ema
         if decay is not None:
             # warms up as (1 + t) / (10 + t), so that the average forgets the random start
             t = state.step.astype(jnp.float32)
             kept = jnp.minimum(decay, (1 + t) / (10 + t))
-            ema = jax.tree.map(lambda average, new: kept * average + (1 - kept) * new, ema, params)
+            averages, _ = blue.split(ema)
+            averages = jax.tree.map(lambda average, new: kept * average + (1 - kept) * new, averages, trained)
+            ema = join(averages, held)
         metrics = metrics | {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        return TrainState(state.step + 1, params, buffers, optimizer, ema, state.key), metrics
+        return TrainState(state.step + 1, join(trained, held), buffers, optimizer, ema, state.key), metrics
 
     whole = NamedSharding(blue.mesh, PartitionSpec())
     # pinned: XLA would change the layout of some outputs, and a resumed run would no longer be bitwise equal
@@ -74,11 +78,17 @@ def make_step(blue: Blueprint) -> Callable[[TrainState, Batch], tuple[TrainState
 
 
 def _gradients(blue: Blueprint) -> Callable:
-    """`gradients(params, buffers, batch, key) -> (loss, metrics, buffers, grads)` over all microbatches.
+    """`gradients(params, buffers, batch, key) -> (loss, metrics, buffers, grads)` over all microbatches; `grads` are of
+    the parameters that are not frozen.
 
     Each microbatch is weighed by its targets, and changes the buffers that the next one sees.
     """
-    value_and_grad = jax.value_and_grad(make_loss(blue), has_aux=True)
+    loss_of = make_loss(blue)
+
+    def value_and_grad(params: Any, *rest: Any) -> tuple[tuple[jax.Array, tuple[Metrics, Any]], Any]:
+        trained, held = blue.split(params)
+        return jax.value_and_grad(lambda trained: loss_of(join(trained, held), *rest), has_aux=True)(trained)
+
     parts = blue.plan.microbatches
 
     def whole(params: Any, buffers: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics, Any, Any]:

@@ -1,0 +1,178 @@
+"""A saved run opened again, in one call: its model and its state, under any mesh and any strategy.
+
+restored = artifex.restore("runs/quickstart", mesh={"fsdp": 4, "tensor": 2})
+restored.model.sample(jax.random.key(0), num_tokens=100)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from artifex.config import Config
+from artifex.models.weights_config import spec_of
+from artifex.scaling import manifest
+from artifex.scaling.axes import Rules
+from artifex.scaling.checkpoints import CheckpointError, Checkpoints
+from artifex.scaling.mesh_utils import create_device_mesh
+from artifex.scaling.plan import Plan
+from artifex.scaling.strategies import combine, strategies_for
+from artifex.training.state import Blueprint, TrainState, blueprint
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A run at one of its steps. `model` and `state` hold the same arrays, so a training step that takes the state's
+    buffers takes the model's as well."""
+
+    model: Any  # a live module of the weights that validation and samples use, or of the raw ones
+    state: TrainState
+    config: Config
+    step: int
+    mesh: Mesh
+
+
+def restore(
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    mesh: Mesh | Mapping[str, int] | None = None,
+    strategy: Any = None,
+    average: bool = True,
+) -> Restored:
+    """The model and the training state of a run, every array bit-equal to what was saved and straight in its shards.
+
+    `path` is the folder of a run, its `checkpoints`, or one step of them, which alone is enough. `step` None is the
+    newest step that is whole. `mesh` is a mesh or its sizes, `{"fsdp": 4, "tensor": 2}`. `strategy` is a strategy, a
+    mapping of several by name, `Rules` or a `Plan`; None: what the axes of the mesh are named after, as in training.
+    Without a mesh, a `Plan` makes its own, a single strategy takes all devices, and without either everything goes to
+    the first device. The model has the running mean of the weights where the run keeps one; `average=False`: the raw
+    parameters.
+
+    Raises `FileNotFoundError` and `ValueError` where `path` holds no such step or the mesh does not fit, and
+    `CheckpointError` where files are damaged.
+    """
+    saved = find_step(path, step)
+    blue = _blueprint(saved, mesh, strategy)
+    with Checkpoints(saved.folder) as checkpoints:
+        state = checkpoints.restore(saved.step, blue.state)
+    weights = state.weights if average else state.params
+    model = nnx.merge(blue.graphdef, weights, state.buffers)
+    return Restored(model, state, saved.config, saved.step, blue.mesh)
+
+
+def restore_model(path: str | os.PathLike[str], step: int | None = None) -> Any:
+    """The model alone, with the weights that validation and samples use, on one device. Raises as `restore`."""
+    saved = find_step(path, step)
+    blue = _blueprint(saved, None, None)
+    with Checkpoints(saved.folder) as checkpoints:
+        weights = checkpoints.restore(saved.step, blue.state.weights, under=saved.weights)
+        buffers = blue.state.buffers and checkpoints.restore(saved.step, blue.state.buffers, under="buffers")
+    return nnx.merge(blue.graphdef, weights, buffers)
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedStep:
+    """A step of a run on disk: the folder of the checkpoints it is one of, and the configuration it was saved with."""
+
+    folder: Path
+    step: int
+    config: Config
+
+    @property
+    def weights(self) -> str:
+        """Where in the saved state the weights are that validation and samples use."""
+        return "params" if self.config.training.ema_decay is None else "ema"
+
+
+def find_step(path: str | os.PathLike[str], step: int | None = None) -> SavedStep:
+    """The step that `restore` reads of `path`. Reads no array but to verify it, and changes nothing."""
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is no folder; expected a run, its checkpoints, or one step of them")
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if (path / manifest.NAME).is_file():
+        folder, step = path.absolute().parent, _only_step(path, step)
+    with Checkpoints(folder) as checkpoints:
+        if step is None:
+            step, skipped = checkpoints.newest_restorable()
+            if step is None and skipped:
+                raise CheckpointError(f"{path} holds no step that can be restored: {skipped[0]}")
+            if step is None:
+                raise FileNotFoundError(f"{path} holds no complete checkpoint yet; train it further first")
+        elif step not in checkpoints.steps():
+            raise ValueError(f"{path} holds no checkpoint of step {step}; it has {checkpoints.steps()}")
+        return SavedStep(folder, step, _config_of(folder, step, checkpoints.metadata(step)))
+
+
+def _only_step(path: Path, step: int | None) -> int:
+    saved = manifest.read(path)["step"]
+    if path.absolute().name != str(saved):
+        raise ValueError(f"{path} holds step {saved}; a step's folder has its number as name, rename it to {saved}")
+    if step not in (None, saved):
+        raise ValueError(f"{path} holds step {saved} alone, so there is no step {step}; give the run folder instead")
+    return saved
+
+
+def _config_of(folder: Path, step: int, metadata: Mapping[str, Any]) -> Config:
+    """The configuration in a checkpoint's metadata; of one written before it was kept there, the run's."""
+    if "config" not in metadata:
+        file = folder.parent / "config.json"
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"step {step} in {folder} keeps no configuration and there is no {file}; restore it"
+            )
+        return Config.from_file(file)
+    config = Config.from_dict(metadata["config"], source=f"step {step} in {folder}")
+    spec, saved = config.model.spec(), spec_of(metadata["model"])
+    if spec != saved:
+        raise ValueError(
+            f"step {step} in {folder} is of a {config.model.name!r} whose preset had other values: {saved}; now it has "
+            f"{spec}"
+        )
+    return config
+
+
+def _blueprint(saved: SavedStep, mesh: Mesh | Mapping[str, int] | None, strategy: Any) -> Blueprint:
+    plan = strategy if isinstance(strategy, Plan) else None
+    if mesh is None:
+        devices = None
+        sizes = plan.sizes if plan else {}
+        if plan is None and strategy is not None:
+            sizes = {_axis_of(strategy): jax.device_count()}
+        if not sizes:
+            sizes, devices = {"data": 1}, jax.devices()[:1]
+        mesh = create_device_mesh(tuple(sizes.values()), tuple(sizes), devices=devices)
+    elif not isinstance(mesh, Mesh):
+        mesh = create_device_mesh(tuple(mesh.values()), tuple(mesh))
+    sizes = dict(mesh.shape)
+    if plan is None:
+        plan = Plan(tuple(sizes.values()), tuple(sizes), _rules(strategy, mesh))
+    elif plan.sizes != sizes:
+        raise ValueError(f"the plan is for mesh {plan.sizes}, the mesh given is {sizes}; leave out one of them")
+    return blueprint(saved.config, plan, mesh)
+
+
+def _axis_of(strategy: Any) -> str:
+    axis = getattr(strategy, "axis_name", None)
+    if axis is None:
+        raise ValueError(f"strategy {strategy!r} needs a mesh; give mesh=, such as {{'data': {jax.device_count()}}}")
+    return axis
+
+
+def _rules(strategy: Any, mesh: Mesh) -> Rules:
+    if strategy is None:
+        return combine(strategies_for(mesh.axis_names))
+    if isinstance(strategy, Rules):
+        return strategy
+    if isinstance(strategy, Mapping):
+        return combine({name: one.on(mesh) for name, one in strategy.items()})
+    strategy = strategy.on(mesh) if hasattr(strategy, "on") else strategy
+    return strategy.rules
