@@ -167,7 +167,7 @@ def fit(run: Run, report: Report) -> tuple[TrainState, int]:
     with stop_signals() as stop:
         if step == 0 and cfg.start_from is not None:  # what the weights are worth before they are trained on
             with meter.aside():
-                meter.validated(step, *validate(state))
+                meter.validated(step, *validate(state, final=True))
         while step < cfg.steps and not stop:
             asked = time.perf_counter()
             batch = place(blue, next(batches))
