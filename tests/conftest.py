@@ -15,10 +15,19 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["NPROC"] = "32"
 
 import jax
+import pytest
 
 # Compiling is most of the tests' time, and unoptimised it is half. Processes that tests start, and notebooks, which
 # train for longer, are compiled as usual.
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def optimised():
+    """Compiled as usual: for a test that trains for hundreds of steps, which then take a sixth of the time."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_report_header() -> str:

@@ -217,7 +217,7 @@ def test_help_lists_every_option_with_its_kind_default_and_description(help_page
     for name in (field.name for field in dataclasses.fields(DecoderConfig)):
         assert f"  --model.{name} ".replace("_", "-") in page
     for line in (
-        "--training.steps INT optimizer steps in the whole run, at least 1 (default: 800)",
+        "--training.steps INT optimizer steps in the whole run, at least 1 (default: 1200)",
         "--optimizer.name adamw|lion|adafactor|muon|sgd update rule (default: muon)",
         "--optimizer.clip-norm FLOAT|none largest norm of the whole gradient, above 0; none is off (default: 1.0)",
         "--training.unroll INT|auto layers run per scan iteration, at least 1; 'auto' chooses by depth (default: auto)",

@@ -87,6 +87,7 @@ def test_nearest_neighbours_are_those_of_a_search_by_hand():
 # The classifier
 
 
+@pytest.mark.usefixtures("optimised")
 def test_a_classifier_of_held_out_digits_knows_the_others_and_scores_what_resembles_them():
     pytest.importorskip("sklearn")
     corpus = load_images("digits", image_size=8, channels=1, validation_fraction=0.3)
