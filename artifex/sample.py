@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from artifex.cli import fail, user_errors
+from artifex.data.classes import find_class, load_classes
 from artifex.scaling.manifest import CheckpointError
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         if model.cfg.reads == "text":
             texts = continuations(args.path, model, how.pop("prompt", "def "), **how)
         else:
-            print(picture(model, **how))
+            print(picture(model, names=load_classes(args.path, model.cfg.num_classes), **how))
             return
     for index, text in enumerate(texts):
         if len(texts) > 1:
@@ -58,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     text.add_argument("--top-k", type=int, help="keep the k likeliest tokens (default: all)")
     text.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this probability (default: 0.95)")
     images = parser.add_argument_group("models of images")
-    images.add_argument("--labels", type=int, nargs="+", help="classes to draw, a row each (default: all)")
+    images.add_argument("--labels", nargs="+", help="classes to draw, by name or number, a row each (default: all)")
     images.add_argument("--guidance", type=float, help="scale of classifier-free guidance (default: the model's)")
     images.add_argument("--steps", type=int, help="sampling steps (default: the model's)")
     images.add_argument("--sampler", help="ddpm, ddim, euler, heun or dpm_solver_pp_2m (default: the model's)")
@@ -127,14 +129,16 @@ def picture(
     model: Any,
     *,
     out: Path = Path("samples.png"),
-    labels: list[int] | None = None,
+    labels: Sequence[str | int] | None = None,
+    names: Sequence[str] | None = None,
     num_samples: int = 8,
     seed: int = 0,
     **how: Any,
 ) -> str:
     """Write a grid of `num_samples` images, one such row for each class of a model that has classes.
 
-    `how` goes to `model.sample`: guidance, steps, sampler. Returns a line on what was written.
+    `labels` are numbers of classes or, where `names` are given, their names; the rows are titled by name. `how` goes to
+    `model.sample`: guidance, steps, sampler. Returns a line on what was written.
     """
     from artifex.evaluation.grids import save_grid
 
@@ -144,7 +148,12 @@ def picture(
         raise ValueError(f"--out {out} is no .png file")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"the folder of --out {out} does not exist; make it first")
-    images, rows = rows_of(model, labels, num_samples, seed, **how)
+    names = list(map(str, range(model.cfg.num_classes))) if names is None else names
+    chosen = None
+    if labels is not None:  # of a model without classes, whatever they are, they are refused below
+        chosen = [find_class(str(label), names) for label in labels] if names else []
+    images, numbers = rows_of(model, chosen, num_samples, seed, **how)
+    rows = None if numbers is None else [names[number] for number in numbers]
     save_grid(images, out, columns=num_samples if rows else None, row_labels=rows)
     what = f", one row for each of {len(rows)} classes" if rows else ""
     return f"{out}: {len(images)} images{what}"
@@ -152,8 +161,8 @@ def picture(
 
 def rows_of(
     model: Any, labels: list[int] | None, columns: int, seed: int, **how: Any
-) -> tuple[np.ndarray, list[str] | None]:
-    """Images (count, H, W, C), class by class where the model has classes, and the name of each row."""
+) -> tuple[np.ndarray, list[int] | None]:
+    """Images (count, H, W, C), class by class where the model has classes, and the class of each row."""
     import inspect
 
     import jax
@@ -170,7 +179,7 @@ def rows_of(
     chosen = list(range(model.cfg.num_classes)) if labels is None else labels
     each = np.repeat(np.asarray(chosen, np.int32), columns)
     images = model.sample(jax.random.key(seed), count=len(each), labels=each, **how)
-    return np.asarray(images), [str(label) for label in chosen]
+    return np.asarray(images), chosen
 
 
 def load(path: str | Path, step: int | None = None) -> Any:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from artifex.cli import fail, parse_train, user_errors
 from artifex.config import Config
+from artifex.data import DataError
 from artifex.scaling.manifest import CheckpointError
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
             with user_errors():
                 run = open_run(command.config, command.run_dir)
             run_steps(run)
-        except (FloatingPointError, CheckpointError) as error:
+        except (FloatingPointError, CheckpointError, DataError) as error:
             fail(str(error), code=1)
 
 
@@ -50,8 +51,8 @@ def train(config: Config, run_dir: str | Path) -> Path:
     """Train as `config` says into the folder `run_dir`, or go on from its newest checkpoint. Returns the folder.
 
     Raises `ValueError` for a configuration, mesh, data or folder that do not fit, before anything is compiled,
-    `FloatingPointError` at the first loss or gradient that is not finite (the last good checkpoint stays), and
-    `CheckpointError` where nothing can be saved.
+    `DataError` where an example turns out to be bad when it is drawn, `FloatingPointError` at the first loss or
+    gradient that is not finite (the last good checkpoint stays), and `CheckpointError` where nothing can be saved.
     """
     return run_steps(open_run(config, run_dir))
 
@@ -102,7 +103,7 @@ def open_run(config: Config, run_dir: str | Path) -> Run:
     state, start, notes = begin(blue, checkpoints, task)
     folder.begin(config, start)
     task.save_beside(folder.path)
-    notes = [*(f"changed since it was saved: {change}" for change in changes), *notes]
+    notes = [*task.corpus.changes, *(f"changed since it was saved: {change}" for change in changes), *notes]
     return Run(blue, task, folder, checkpoints, state, start, notes)
 
 

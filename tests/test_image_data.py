@@ -177,7 +177,7 @@ def test_a_folder_of_files_is_its_classes(tmp_path, channels):
     assert corpus.class_names == ("cats", "dogs", "emus")
     assert len(corpus.train) + len(corpus.validation) == 12
     assert corpus.ignored == ("cats/readme.txt",)
-    assert "skipped 1 that are no PNG or JPEG files (cats/readme.txt)" in corpus.describe()
+    assert corpus.changes == ("1 of 13 files left out, neither PNG nor JPEG: cats/readme.txt",)
     seen = set()
     for split in (corpus.train, corpus.validation):
         for index, place in enumerate(split.chosen):

@@ -54,7 +54,9 @@ def test_corrupt_files_are_refused_by_name_or_skipped_and_counted(tmp_path):
         load_images(tmp_path, **GREY)
     corpus = load_images(tmp_path, **GREY, corrupt="skip")
     assert corpus.skipped == bad
-    assert "skipped 6 that are corrupt (1.png, 2.png, 3.jpg, ...)" in corpus.describe()
+    assert corpus.changes[-1] == (
+        "6 of 21 files left out, unreadable as images: 1.png, 2.png, 3.jpg, ... (corrupt=refuse stops at them)"
+    )
     assert len(drawn(corpus.train)) + len(drawn(corpus.validation)) == 15
     for name in bad:
         (tmp_path / name).unlink()

@@ -137,10 +137,15 @@ def test_a_folder_leaves_out_hidden_and_empty_files_and_counts_what_is_no_text(t
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "linked").symlink_to(tmp_path / "a")
     corpus = load_text(tmp_path, validation_fraction=0.5)
     assert sorted(corpus.train_files + corpus.validation_files) == ["a/deep/a.txt", "b.txt"]
     assert corpus.skipped == ("latin.txt", "nul.bin", "picture.png", "pipe")
-    assert "skipped 4 that are not UTF-8 text (latin.txt, nul.bin, picture.png, ...)" in corpus.describe()
+    assert corpus.changes == (
+        "4 of 8 files left out, not UTF-8 text: latin.txt, nul.bin, picture.png, ...",
+        "1 of 8 files left out, empty: empty.txt",
+        "1 of 8 files left out, links to folders: linked",
+    )
 
 
 def test_a_folder_named_stdlib_is_read_by_its_path(tmp_path, monkeypatch):

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from artifex.data import DataError
+from artifex.data.changes import Header
 from artifex.data.image_sources import Source
 
 if TYPE_CHECKING:
@@ -39,8 +41,8 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.names)
 
-    def check(self) -> list[int | str]:
-        """For each image its size in bytes, or why it cannot be an image.
+    def check(self) -> list[Header | str]:
+        """For each image what its header says, or why it cannot be an image.
 
         Headers are read, PNG checksums compared, a JPEG without its end is decoded, and more pixels than Pillow's limit
         are refused. Raises `ValueError` for what cannot be read at all.
@@ -49,7 +51,7 @@ class ImageFiles:
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             return list(pool.map(self._check, range(len(self))))
 
-    def _check(self, index: int) -> int | str:
+    def _check(self, index: int) -> Header | str:
         pillow = _pillow()
         try:
             file = self.file(index)
@@ -61,16 +63,17 @@ class ImageFiles:
                 size = len(file.getbuffer())
             with pillow.open(file, formats=_FORMATS) as image:
                 _check_pixels(image)
+                header = _header(image, size)
                 if image.format == "PNG":
                     image.verify()
                 elif not _has_end(file):
                     image.load()
         except _errors(pillow) as error:
             return _reason(error, self.title(index))
-        return size
+        return header
 
     def image(self, index: int, size: int, channels: int) -> np.ndarray:
-        """uint8 (size, size, channels). Raises `ValueError` with the file's name where it cannot be decoded."""
+        """uint8 (size, size, channels). Raises `DataError` with the file's name where it cannot be decoded."""
         pillow = _pillow()
         name = self.title(index)
         try:
@@ -78,7 +81,7 @@ class ImageFiles:
                 _check_pixels(image)
                 return _square(image, size, channels)
         except _errors(pillow) as error:
-            raise ValueError(f"{name} cannot be decoded: {_reason(error, name)}; mend or remove it") from error
+            raise DataError(f"{name} cannot be decoded: {_reason(error, name)}; mend or remove it") from error
 
 
 def read_folder(root: Path, labels: bool) -> Source:
@@ -133,7 +136,12 @@ def read_dataset(folder: Path) -> Source:
     splits: dict[str, Any] = {str(name): split for name, split in several}
     if "train" not in splits:
         raise ValueError(f"dataset {folder} has the splits {', '.join(splits)}; expected train")
-    held_out = next((splits[name] for name in ("validation", "test") if name in splits), None)
+    held = next((name for name in ("validation", "test") if name in splits), None)
+    unread = [
+        f"split {name} of {len(split):,} rows was not read"
+        for name, split in splits.items()
+        if name not in ("train", held)
+    ]
     features = splits["train"].features
     columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if len(columns) != 1:
@@ -152,8 +160,9 @@ def read_dataset(folder: Path) -> Source:
         return files, None if label is None else np.asarray(list(rows[label]))
 
     class_names = features[label].names if label and isinstance(features[label], datasets.ClassLabel) else None
-    held = (None, None) if held_out is None else read(held_out)
-    return Source(*read(splits["train"]), *held, tuple(class_names) if class_names else None)
+    held_out = (None, None) if held is None else read(splits[held])
+    names = tuple(class_names) if class_names else None
+    return Source(*read(splits["train"]), *held_out, names, changes=tuple(unread))
 
 
 def _find(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -191,6 +200,30 @@ def _square(image: Image, size: int, channels: int) -> np.ndarray:
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
     return np.asarray(image).reshape(size, size, channels)
+
+
+def _header(image: Image, size: int) -> Header:
+    width, height = image.size
+    turn = image.getexif().get(0x0112, 1) if "exif" in image.info else 1  # without it a PNG would be decoded whole
+    if turn in (5, 6, 7, 8):
+        width, height = height, width
+    return Header(
+        size=size,
+        width=width,
+        height=height,
+        colour=_is_coloured(image),
+        deep=image.mode.startswith("I"),
+        transparent=image.has_transparency_data,
+        turned=turn in range(2, 9),
+    )
+
+
+def _is_coloured(image: Image) -> bool:
+    """Whether it is stored in colours: three channels, or a palette that is not all grey."""
+    if image.mode != "P" or image.palette is None:
+        return image.mode not in ("1", "L", "LA", "F") and not image.mode.startswith("I")
+    red_green_blue = np.frombuffer(image.palette.tobytes(), np.uint8).reshape(-1, len(image.palette.mode))[:, :3]
+    return bool((red_green_blue != red_green_blue[:, :1]).any())
 
 
 def _check_pixels(image: Image) -> None:

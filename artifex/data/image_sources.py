@@ -41,6 +41,7 @@ class Source(NamedTuple):
     class_names: tuple[str, ...] | None = None  # None: the labels' own numbers
     levels: int = 256
     ignored: tuple[str, ...] = ()  # names of files that are no images
+    changes: tuple[str, ...] = ()  # what reading changed or left out, a line each
 
 
 def read_digits() -> Source:
@@ -58,8 +59,9 @@ def read_npy(path: Path) -> Source:
     with reading(path):
         with path.open("rb") as file:
             _npy_header(file, str(path), os.path.getsize(path))
-        (images,) = _as_pixels([_channels_last(np.lib.format.open_memmap(path, mode="r"), path)], path)
-    return Source(images, None)
+        stored = [_channels_last(np.lib.format.open_memmap(path, mode="r"), path)]
+        (images,) = _as_pixels(stored, path)
+    return Source(images, None, changes=_rounded(stored))
 
 
 def read_npz(path: Path) -> Source:
@@ -82,7 +84,9 @@ def read_npz(path: Path) -> Source:
             pixels.append(_channels_last(held_out, path))
         labels, held_out_labels = read(LABEL_KEYS), read(HELD_OUT_LABEL_KEYS)
     images, *rest = _as_pixels(pixels, path)
-    return Source(images, labels, rest[0] if rest else None, held_out_labels)
+    known = {*IMAGE_KEYS, *LABEL_KEYS, *HELD_OUT_IMAGE_KEYS, *HELD_OUT_LABEL_KEYS}
+    unread = [f"array {name} of {path.name} was not read" for name in entries if name not in known]
+    return Source(images, labels, rest[0] if rest else None, held_out_labels, changes=(*_rounded(pixels), *unread))
 
 
 def find_idx(folder: Path) -> Path | None:
@@ -234,6 +238,12 @@ def _as_pixels(arrays: Sequence[np.ndarray], path: Path) -> list[np.ndarray]:
             pixels[first : first + 1024] = np.rint((part - start) * scale)
         made.append(pixels)
     return made
+
+
+def _rounded(stored: Sequence[np.ndarray]) -> tuple[str, ...]:
+    """The line on what `_as_pixels` changes."""
+    count = sum(len(array) for array in stored)
+    return () if stored[0].dtype == np.uint8 else (f"{count:,} images of {stored[0].dtype} rounded to 256 levels",)
 
 
 def _beside(path: Path, *changes: tuple[str, str]) -> Path | None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from artifex.data.changes import Header, channel_changes, file_changes, left_out
 from artifex.data.image_files import ImageFiles, is_dataset, read_dataset, read_folder
 from artifex.data.image_sources import (
     Source,
@@ -72,6 +73,7 @@ class ImageCorpus:
     fingerprint: str  # of all pixels and labels of either split; of files: of names, sizes and samples of the content
     skipped: tuple[str, ...]  # files that are corrupt
     ignored: tuple[str, ...]  # files that are neither PNG nor JPEG, and links to folders
+    changes: tuple[str, ...]  # how images differ from what is stored, and what was left out, a line each
 
     @property
     def num_classes(self) -> int:
@@ -79,15 +81,13 @@ class ImageCorpus:
         return len(self.class_names)
 
     def describe(self) -> str:
-        """One line: what there is to train on, what is held out, what was skipped."""
+        """One line: what there is to train on and what is held out."""
         size = f"{self.image_size}x{self.image_size}x{self.channels}"
         line = f"{self.source}: {len(self.train):,} training and {len(self.validation):,} validation images of {size}"
         line += f", {self.num_classes} classes" if self.num_classes else ", no labels"
-        line += f", {self.levels} levels"
-        for names, why in ((self.skipped, "are corrupt"), (self.ignored, "are no PNG or JPEG files")):
-            if names:
-                line += f"; skipped {len(names)} that {why} ({_first(names)})"
-        return line
+        if self.class_names != tuple(map(str, range(self.num_classes))):
+            line += f" ({', '.join(self.class_names[:5])}{', ...' * (self.num_classes > 5)})"
+        return f"{line}, {self.levels} levels"
 
 
 def load_images(
@@ -98,6 +98,7 @@ def load_images(
     labels: bool = True,
     validation_fraction: float = 0.05,
     corrupt: Literal["refuse", "skip"] = "refuse",
+    settings: Mapping[str, str] | None = None,
 ) -> ImageCorpus:
     """Read `source` and split it into training and validation.
 
@@ -115,7 +116,8 @@ def load_images(
     Where no split is published, an image is held out if a hash of its name, or in an array of its index, falls in
     `validation_fraction`. Colours become grey by their luma, and grey is repeated, as `channels` (1 or 3) asks.
     `labels` False leaves labels out. `corrupt`: whether files that are no images end in an error or are skipped and
-    counted; what only decoding can tell is an error when that image is drawn.
+    counted; what only decoding can tell is an error when that image is drawn. `settings`: what the corpus's `changes`
+    call the arguments `image_size`, `channels` and `corrupt`, where a configuration has other names.
 
     Raises `ValueError` for what is missing, unreadable, damaged, forged or of another size, and `ImportError` with the
     command to install what a source needs.
@@ -130,15 +132,16 @@ def load_images(
     read = read_digits() if source == "digits" else _read_path(Path(name).expanduser(), labels)
     if not labels:
         read = read._replace(labels=None, held_out_labels=None)
-    kept, sizes, skipped = _whole_files(read.images, corrupt)
+    kept, headers, skipped = _whole_files(read.images, corrupt)
     if read.held_out is None:
         chosen = _split(name, _names(read.images), kept, validation_fraction)
         parts = [(read.images, which, read.labels) for which in chosen]
     else:
-        held_out, held_out_sizes, held_out_skipped = _whole_files(read.held_out, corrupt)
-        sizes, skipped = sizes + held_out_sizes, skipped + held_out_skipped
+        held_out, held_out_headers, held_out_skipped = _whole_files(read.held_out, corrupt)
+        headers, skipped = headers + held_out_headers, skipped + held_out_skipped
         parts = [(read.images, kept, read.labels), (read.held_out, held_out, read.held_out_labels)]
-    _check_sizes(name, [pixels for pixels, *_ in parts], image_size)
+    settings = settings or {}
+    _check_sizes(name, [pixels for pixels, *_ in parts], image_size, settings.get("image_size", "image_size"))
     class_names = _check_labels(name, parts, read.class_names)
     train, validation = (
         ImageSplit(pixels, chosen, _chosen_labels(of_all, chosen), image_size, channels)
@@ -152,9 +155,13 @@ def load_images(
         channels,
         read.levels,
         class_names,
-        _hash(repr((image_size, channels, read.levels, class_names, sizes)), (train, validation)),
+        _hash(
+            repr((image_size, channels, read.levels, class_names, tuple(header.size for header in headers))),
+            (train, validation),
+        ),
         skipped,
         read.ignored,
+        (*read.changes, *_changes(train, validation, headers, skipped, read.ignored, settings)),
     )
 
 
@@ -206,8 +213,8 @@ def _read_path(path: Path, labels: bool) -> Source:
 
 def _whole_files(
     images: np.ndarray | ImageFiles, corrupt: Literal["refuse", "skip"]
-) -> tuple[np.ndarray, tuple[int, ...], tuple[str, ...]]:
-    """Which images can be decoded as far as is known, the sizes of their files, and the names of the others."""
+) -> tuple[np.ndarray, tuple[Header, ...], tuple[str, ...]]:
+    """Which images can be decoded as far as is known, the headers of their files, and the names of the others."""
     if not isinstance(images, ImageFiles):
         return np.arange(len(images)), (), ()
     checked = images.check()
@@ -217,12 +224,35 @@ def _whole_files(
         raise ValueError(
             f"{images.title(bad[0])} is corrupt: {checked[bad[0]]}{more}; mend or remove it, or set corrupt to 'skip'"
         )
-    kept = np.array([index for index, found in enumerate(checked) if isinstance(found, int)], np.int64)
+    kept = np.array([index for index, found in enumerate(checked) if not isinstance(found, str)], np.int64)
     return (
         kept,
-        tuple(found for found in checked if isinstance(found, int)),
+        tuple(found for found in checked if not isinstance(found, str)),
         tuple(images.names[index] for index in bad),
     )
+
+
+def _changes(
+    train: ImageSplit,
+    validation: ImageSplit,
+    headers: Sequence[Header],
+    skipped: Sequence[str],
+    ignored: Sequence[str],
+    settings: Mapping[str, str],
+) -> list[str]:
+    """How the images differ from what is stored, and which files were left out."""
+    if isinstance(train.pixels, ImageFiles):
+        lines = file_changes(headers, train.image_size, train.channels, settings)
+    else:
+        stored = {1: 0, 3: 0}
+        for split in (train, validation):
+            assert isinstance(split.pixels, np.ndarray)
+            stored[split.pixels.shape[-1]] += len(split)
+        lines = channel_changes(stored[3], stored[1], train.channels, settings)
+    files = len(headers) + len(skipped)
+    how = f"{settings.get('corrupt', 'corrupt')}=refuse stops at them"
+    lines += left_out(skipped, files, "unreadable as images", how)
+    return lines + left_out(ignored, files + len(ignored), "neither PNG nor JPEG")
 
 
 def _names(images: np.ndarray | ImageFiles) -> Sequence[str]:
@@ -240,15 +270,15 @@ def _split(source: str, names: Sequence[str], kept: np.ndarray, fraction: float)
     return kept[~held_out], kept[held_out]
 
 
-def _check_sizes(source: str, parts: Sequence[np.ndarray | ImageFiles], image_size: int) -> None:
+def _check_sizes(source: str, parts: Sequence[np.ndarray | ImageFiles], image_size: int, setting: str) -> None:
     for pixels in parts:
         if not len(pixels):
             raise ValueError(f"{source} has a split without images; give more")
         if not isinstance(pixels, ImageFiles) and pixels.shape[1:3] != (image_size, image_size):
             height, width = pixels.shape[1:3]
-            remedy = f"set image_size to {height}" if height == width else "store squares"
+            remedy = f"set {setting} to {height}" if height == width else "store squares"
             raise ValueError(
-                f"{source} holds images of {height}x{width}, but image_size is {image_size}: {remedy}; arrays are not "
+                f"{source} holds images of {height}x{width}, but {setting} is {image_size}: {remedy}; arrays are not "
                 "resized"
             )
 
@@ -321,7 +351,3 @@ def _content(split: ImageSplit) -> Iterator[bytes]:
         chosen = sample
     for first in range(0, len(chosen), 1024):
         yield np.ascontiguousarray(pixels[chosen[first : first + 1024]]).tobytes()
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

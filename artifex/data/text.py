@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from artifex.data.changes import left_out
 from artifex.data.tokenizers import (
     ByteTokenizer,
     IdTokenizer,
@@ -48,6 +49,7 @@ class TextCorpus:
     train_files: tuple[str, ...]
     validation_files: tuple[str, ...]
     skipped: tuple[str, ...]  # files of a folder that are not UTF-8 text
+    changes: tuple[str, ...]  # what was left out, a line each
     bytes_per_token: dict[str, float | None]
 
     @property
@@ -56,7 +58,7 @@ class TextCorpus:
         return self.tokenizer.vocab_size
 
     def describe(self) -> str:
-        """One line: what there is to train on, what is held out, what was skipped."""
+        """One line: what there is to train on and what is held out."""
         counts = [
             f"{len(tokens):,} {split} tokens of {len(files)} file{'s' * (len(files) != 1)}"
             for split, tokens, files in (
@@ -64,16 +66,28 @@ class TextCorpus:
                 ("validation", self.validation, self.validation_files),
             )
         ]
-        line = f"{self.source}: {', '.join(counts)}, tokenizer {self.tokenizer.name}"
-        if self.skipped:
-            more = ", ..." if len(self.skipped) > 3 else ""
-            line += f"; skipped {len(self.skipped)} that are not UTF-8 text ({', '.join(self.skipped[:3])}{more})"
-        return line
+        return f"{self.source}: {', '.join(counts)}, tokenizer {self.tokenizer.name}"
 
 
 class _Document(NamedTuple):
     name: str  # relative to the source, with /
     content: bytes  # UTF-8, not empty
+
+
+class _Read(NamedTuple):
+    documents: list[_Document]
+    skipped: list[str]  # not UTF-8 text
+    empty: list[str]
+    linked: list[str]  # links to folders
+
+    def changes(self) -> list[str]:
+        """What was left out, a line each."""
+        total = sum(map(len, self))
+        return [
+            *left_out(self.skipped, total, "not UTF-8 text"),
+            *left_out(self.empty, total, "empty"),
+            *left_out(self.linked, total, "links to folders"),
+        ]
 
 
 def load_text(
@@ -114,8 +128,8 @@ def load_text(
     if tokenizer == "ids":
         raise ValueError(f"tokenizer 'ids' is for token files (.npy, .uint16, ...), but {name} is text: choose 'bytes'")
 
-    documents, skipped = _read_sources(name) if source == name and names_sources(name) else _read_path(path)
-    train, validation = _split(name, documents, validation_fraction)
+    read = _read_sources(name) if source == name and names_sources(name) else _read_path(path)
+    train, validation = _split(name, read.documents, validation_fraction)
     if ready is None:
         ready = _cached_bpe(train, bpe_vocab_size, cache_dir)
     train_tokens, train_ratio = _tokenize(train, ready)
@@ -128,7 +142,8 @@ def load_text(
         _hash([str(ready.vocab_size).encode(), train_tokens.data, validation_tokens.data]),
         tuple(document.name for document in train),
         tuple(document.name for document in validation),
-        tuple(skipped),
+        tuple(read.skipped),
+        tuple(read.changes()),
         {"train": train_ratio, "validation": validation_ratio},
     )
 
@@ -151,12 +166,13 @@ def names_sources(source: str) -> bool:
     return source == "stdlib" or source.startswith("package:")
 
 
-def _read_sources(source: str) -> tuple[list[_Document], list[str]]:
+def _read_sources(source: str) -> _Read:
     root = Path(sysconfig.get_path("stdlib")) if source == "stdlib" else _package(source.removeprefix("package:"))
-    files = [f for f in _files(root, lambda folder: folder not in _NOT_THE_LIBRARY) if f.suffix == ".py"]
+    found, _ = _files(root, lambda folder: folder not in _NOT_THE_LIBRARY)
+    files = [file for file in found if file.suffix == ".py"]
     if not files:
         raise ValueError(f"{source} has no Python sources at {root}; give a file or a folder of text as the source")
-    return _read(root, files)
+    return _read(root, files)._replace(empty=[])  # the markers of packages, which hold nothing on purpose
 
 
 def _package(name: str) -> Path:
@@ -166,7 +182,7 @@ def _package(name: str) -> Path:
     return Path(next(iter(found.submodule_search_locations)))
 
 
-def _read_path(path: Path) -> tuple[list[_Document], list[str]]:
+def _read_path(path: Path) -> _Read:
     try:
         is_folder = stat.S_ISDIR(path.stat().st_mode)
     except FileNotFoundError as error:
@@ -175,36 +191,42 @@ def _read_path(path: Path) -> tuple[list[_Document], list[str]]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     if is_folder:
-        documents, skipped = _read(path, _files(path, lambda folder: not folder.startswith(".")))
-        if not documents:
+        files, linked = _files(path, lambda folder: not folder.startswith("."))
+        read = _read(path, files)._replace(linked=linked)
+        if not read.documents:
             raise ValueError(
-                f"folder {path} has no text: {len(skipped)} files are not UTF-8, the rest is empty or hidden"
+                f"folder {path} has no text: {len(read.skipped)} files are not UTF-8, the rest is empty or hidden"
             )
-        return documents, skipped
-    documents, skipped = _read(path.parent, [path])
-    if skipped:
+        return read
+    read = _read(path.parent, [path])
+    if read.skipped:
         raise ValueError(f"{path} is not a file of UTF-8 text; convert it, or store tokens as a 1-D integer .npy")
-    if not documents:
+    if not read.documents:
         raise ValueError(f"{path} is empty; give a file with text")
-    return documents, []
+    return read
 
 
-def _files(root: Path, enter: Callable[[str], bool]) -> list[Path]:
-    """The files below `root` that are not hidden, sorted by relative name, through folders that `enter` takes."""
+def _files(root: Path, enter: Callable[[str], bool]) -> tuple[list[Path], list[str]]:
+    """The files below `root` that are not hidden, through folders that `enter` takes, and the links to such folders.
+
+    Both sorted by their name relative to `root`.
+    """
 
     def fail(error: OSError) -> None:
         raise ValueError(f"folder {error.filename} cannot be read: {error.strerror}") from error
 
-    found = []
+    found, linked = [], []
     for folder, folders, names in os.walk(root, onerror=fail):
         folders[:] = filter(enter, folders)
         found += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(found, key=lambda file: file.relative_to(root).as_posix())
+        links = [Path(folder, name) for name in folders if Path(folder, name).is_symlink()]
+        linked += [link.relative_to(root).as_posix() for link in links]
+    return sorted(found, key=lambda file: file.relative_to(root).as_posix()), sorted(linked)
 
 
-def _read(root: Path, files: Iterable[Path]) -> tuple[list[_Document], list[str]]:
-    """The files with text in them, and the names of those that are not UTF-8 text. Empty files are left out."""
-    documents, skipped = [], []
+def _read(root: Path, files: Iterable[Path]) -> _Read:
+    """The files with text in them, and the names of those that are not UTF-8 text or empty."""
+    documents, skipped, empty = [], [], []
     for file in files:
         name = file.relative_to(root).as_posix()
         try:
@@ -218,7 +240,9 @@ def _read(root: Path, files: Iterable[Path]) -> tuple[list[_Document], list[str]
             skipped.append(name)
         elif content:
             documents.append(_Document(name, content))
-    return documents, skipped
+        else:
+            empty.append(name)
+    return _Read(documents, skipped, empty, [])
 
 
 def _is_text(content: bytes) -> bool:
@@ -319,6 +343,7 @@ def _token_corpus(source: str, tokens: np.ndarray, tokenizer: Tokenizer | None, 
         _hash([f"{tokenizer.vocab_size} {tokens.dtype} {len(tokens)} {cut}".encode(), sample.tobytes()]),
         (f"{name}[:{cut}]",),
         (f"{name}[{cut}:]",),
+        (),
         (),
         {"train": ratio, "validation": ratio},
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 _GROUND = 0.25  # grey between images, apart from their black and their white
 _SEEN = 48  # screen pixels that an image has at least
 _DPI = 100
+_LETTERS = 24  # of a row's name
 
 
 def save_grid(
@@ -40,6 +42,7 @@ def pairs_grid(
     path: str | os.PathLike[str],
     *,
     columns: int | None = None,
+    row_labels: Sequence[str] | None = None,
     title: str = "",
     upscale: int | None = None,
 ) -> None:
@@ -48,7 +51,7 @@ def pairs_grid(
         raise ValueError(f"images are {np.shape(images)}, partners {np.shape(partners)}; expected one shape")
     left, right = _cells(images, upscale), _cells(partners, upscale)
     seam = np.full((*left.shape[:2], 1, 3), _GROUND, np.float32)
-    _write(np.concatenate([left, seam, right], axis=2), path, columns, None, title, gap=4)
+    _write(np.concatenate([left, seam, right], axis=2), path, columns, row_labels, title, gap=4)
 
 
 def _cells(images: np.ndarray, upscale: int | None) -> np.ndarray:
@@ -83,6 +86,7 @@ def _write(
     rows = -(-count // columns)
     if row_labels is not None and len(row_labels) != rows:
         raise ValueError(f"{len(row_labels)} row labels are given for {rows} rows; give one for each")
+    row_labels = [label if len(label) <= _LETTERS else f"{label[: _LETTERS - 1]}…" for label in row_labels or ()]
     canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), _GROUND, np.float32)
     for number, cell in enumerate(cells):
         row, column = divmod(number, columns)
@@ -93,11 +97,13 @@ def _write(
     wide, high = max(canvas.shape[1] + margin, 8 * len(title)), canvas.shape[0] + above
     figure = Figure(figsize=(wide / _DPI, high / _DPI), dpi=_DPI)
     figure.figimage(np.rint(canvas * 255).astype(np.uint8), xo=margin, yo=0, origin="upper", resize=False)
-    for row, label in enumerate(row_labels or ()):
+    for row, label in enumerate(row_labels):
         y = 1 - (above + gap + row * (height + gap) + height / 2) / high
         figure.text((margin - 6) / wide, y, label, ha="right", va="center", size=8, parse_math=False)
     if title:
         figure.text((margin + gap) / wide, 1 - above / 2 / high, title, va="center", size=8, parse_math=False)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DPI, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name in another script becomes boxes
+        figure.savefig(path, dpi=_DPI, format="png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 
 from artifex.config import Config
+from artifex.data.classes import save_classes
 from artifex.data.image_batches import ImageBatches, all_images, image_validation_batches
 from artifex.data.images import ImageCorpus, load_images, only_classes
 from artifex.evaluation.grids import pairs_grid, save_grid
@@ -41,6 +43,7 @@ class ImageTask:
             channels=spec.channels,
             validation_fraction=config.data.validation_fraction,
             corrupt=config.data.corrupt,
+            settings=_settings(spec),
         )
         if config.data.classes is not None:
             corpus = only_classes(corpus, config.data.classes)
@@ -90,22 +93,24 @@ class ImageTask:
         return Score(field, 1.0, field.replace("_", " "))
 
     def save_beside(self, folder: Path) -> None:
-        """Nothing: images need no tokenizer."""
+        """The names of the classes, of a model that has classes."""
+        if self.config.model.spec().num_classes:
+            save_classes(self.corpus.class_names, folder)
 
     def look(self, model: Any, folder: RunFolder, step: int) -> None:
-        """A grid of samples, a column for each class where there are few; of an autoencoder its reconstructions too."""
+        """A grid of samples, a row for each class where there are few; of an autoencoder its reconstructions too."""
         count = self.config.training.sample_images
         if not count:
             return
-        images, labels = self._draw(model, count, self.config.training.seed)
-        few = labels is not None and model.cfg.num_classes <= 2 * COLUMNS
-        save_grid(images, folder.sample(step, ".png"), columns=model.cfg.num_classes if few else COLUMNS)
+        images, _ = self._draw(model, count, self.config.training.seed)
+        shown, columns, names = self._rows(model, count)
+        save_grid(images[shown], folder.sample(step, ".png"), columns=columns, row_labels=names)
         if hasattr(model, "reconstruct"):
             self._reconstructions(model, folder.sample(step, "-reconstructions.png"))
 
     def conclude(self, model: Any, folder: RunFolder, step: int) -> tuple[Metrics, list[str]]:
         """`final.png`: reconstructions, or samples above their nearest training images; and scores where labels are."""
-        lines, scores = [f"sample from it:  python -m artifex.sample {folder.path} --out samples.png"], {}
+        lines, scores = [f"sample from it:  {self._command(model, folder)}"], {}
         if self.config.training.sample_images:
             self._final(model, folder.samples / "final.png")
         if self.config.training.score_images and self.corpus.num_classes:
@@ -122,11 +127,32 @@ class ImageTask:
             return
         images, _ = self._draw(model, PAIRS, self.config.training.seed)
         known, _ = all_images(self.corpus.train, self.corpus.levels, most=NEIGHBOURS)
-        pairs_grid(images, known[nearest_neighbours(images, known)], path, columns=COLUMNS)
+        shown, columns, names = self._rows(model, PAIRS)
+        images = images[shown]
+        nearest = known[nearest_neighbours(images, known)]
+        pairs_grid(images, nearest, path, columns=columns, row_labels=names, title="sample, nearest training image")
 
     def _reconstructions(self, model: Any, path: Path) -> None:
-        images = next(self.validation(self.config.training.validation_batches))["image"][:PAIRS]
-        pairs_grid(images, np.asarray(model.reconstruct(images)), path, columns=COLUMNS)
+        images, _ = all_images(self.corpus.validation, self.corpus.levels, most=PAIRS)
+        again = np.asarray(model.reconstruct(images))
+        pairs_grid(images, again, path, columns=min(COLUMNS, len(images)), title="held-out image, its reconstruction")
+
+    def _rows(self, model: Any, count: int) -> tuple[np.ndarray, int, list[str] | None]:
+        """Which of `count` images of classes in turn to show in which order, in how many columns, and the rows' names.
+
+        As many of each class, a row a class, where there is room for that.
+        """
+        classes = model.cfg.num_classes
+        if not 1 < classes <= min(2 * COLUMNS, count):
+            return np.arange(count), COLUMNS, None
+        each = count // classes
+        return np.arange(each * classes).reshape(each, classes).T.ravel(), each, list(self.corpus.class_names)
+
+    def _command(self, model: Any, folder: RunFolder) -> str:
+        names = self.corpus.class_names
+        named = model.cfg.num_classes and names != tuple(map(str, range(len(names))))
+        labels = f"--labels {shlex.join(names[:3])} " if named else ""
+        return f"python -m artifex.sample {folder.path} {labels}--out samples.png"
 
     def _scores(self, model: Any) -> dict[str, float]:
         from artifex.evaluation.frechet import judge, score_samples
@@ -153,3 +179,16 @@ class ImageTask:
         labels = self._labels(model, count)
         how = {} if labels is None else {"labels": labels}
         return np.asarray(model.sample(jax.random.key(seed), count=count, **how)), labels
+
+
+def _settings(spec: Any) -> dict[str, str]:
+    """What the configuration calls the arguments of `load_images` that a model of `spec` decides."""
+    part = (
+        "model"
+        if not hasattr(spec, "network")
+        else "model.network"
+        if spec.autoencoder is None
+        else "model.autoencoder"
+    )
+    channels = f"{part}.in_channels={part}.out_channels" if part == "model.network" else f"{part}.channels"
+    return {"image_size": f"{part}.image_size", "channels": channels, "corrupt": "data.corrupt"}

@@ -39,6 +39,11 @@ class Corpus(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What reading did to the data or left out of it, a line each."""
+        ...
+
     def describe(self) -> str:
         """One line on what there is to learn from."""
         ...
