@@ -172,7 +172,8 @@ def attend(
     Weights are float32, those of 16-bit values rounded once for the product with them.
     """
     B, K, G, T, H = query_BKGTH.shape
-    scale, short = H**-0.5 if scale is None else scale, query_BKGTH.dtype.itemsize < 4
+    scale = H**-0.5 if scale is None else scale
+    short = query_BKGTH.dtype.itemsize < 4
     scaled_BKGTH = query_BKGTH if short else query_BKGTH * scale
     query_BKRH = scaled_BKGTH.reshape(B, K, G * T, H)  # R: the queries of all heads that share a key head
     scores_BKRS = jnp.einsum("BKRH,BKSH->BKRS", query_BKRH, key_BKSH, preferred_element_type=jnp.float32)

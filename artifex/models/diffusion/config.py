@@ -151,6 +151,7 @@ class DiffusionConfig:
 
 
 _DDPM: dict = {"process": "ddpm_linear", "prediction": "eps", "sampler": "ddpm"}
+_IDDPM: dict = {**_DDPM, "process": "ddpm_cosine"}
 _FLOW_DIGITS: dict = {"training_times": "logit_normal", "guidance": 2.0}
 _EDM: dict = {"process": "edm", "prediction": "edm", "weighting": "edm", "training_times": "log_normal"}
 
@@ -165,9 +166,7 @@ PRESETS: dict[str, DiffusionConfig] = {
     "unet-digits": DiffusionConfig(network=UNET["unet-digits"], **_FLOW_DIGITS),
     "dit-digits": DiffusionConfig(network=DIT["dit-digits"], **_FLOW_DIGITS),
     # Nichol and Dhariwal 2021 (arXiv:2102.09672): a learned variance over the cosine schedule, few ancestral steps
-    "iddpm-digits": DiffusionConfig(
-        network=UNET["iddpm-digits"], sampling_steps=50, guidance=2.0, levels=17, **(_DDPM | {"process": "ddpm_cosine"})
-    ),
+    "iddpm-digits": DiffusionConfig(network=UNET["iddpm-digits"], sampling_steps=50, guidance=2.0, levels=17, **_IDDPM),
     # Karras et al. 2022 (arXiv:2206.00364): 18 steps of Heun
     "edm-digits": DiffusionConfig(
         network=UNET["unet-digits"], sampling_steps=18, guidance=2.0, sigma_data=0.75, **_EDM

@@ -223,6 +223,7 @@ def _sample(
 
     # a variance is for the ancestral step alone; the others follow the probability flow, which has none
     varies = sampler == "ddpm" and model.cfg.learns_variance
+    draw: Any
     draw, denoise = (variance.ddpm, model.denoise_and_vary) if varies else (SAMPLERS[sampler], model.denoise)
     x0 = draw(lambda x, t_B: denoise(network, x, t_B, condition), x_T, process, times, sampler_key)
     return model.decode(x0)
