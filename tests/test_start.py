@@ -156,6 +156,15 @@ def test_the_network_of_a_diffusion_model_starts_from_a_folder_that_holds_networ
     assert_bit_equal(state.params["network"], jax.device_get(nnx.to_pure_dict(nnx.state(model.network))))
 
 
+def test_a_network_of_another_kind_is_refused(tmp_path):
+    unet = {"block_channels": (8, 8), "layers_per_block": 1, "attention_levels": (), "mid_attention": False}
+    save_pretrained(tmp_path, models.create("unet-digits", rngs=nnx.Rngs(0), network=unet))
+    cfg = Config.from_dict({"model": {"name": "dit-digits"}, "data": {"source": "digits"}})
+    cfg.training.start_from = str(tmp_path)
+    with pytest.raises(ValueError, match=r"model\.network is a UNetConfig there and DiTConfig here; choose a preset"):
+        check(cfg)
+
+
 def test_a_tokenizer_other_than_the_weights_is_refused_with_the_way_to_take_it_along(parent, text, tmp_path):
     shutil.copytree(parent.parent / "llama", tmp_path / "llama")
     save_tokenizer(train_bpe(["one line of text\n" * 9], 260), tmp_path / "llama" / "tokenizer.json")

@@ -189,13 +189,19 @@ def _part(config: Config, there: Any, where: str) -> tuple[str, Any]:
 
 
 def _differences(there: Any, here: Any, key: str) -> tuple[list[tuple[str, str, str]], list[str]]:
-    """Fields that differ, as (key, there, here): those by which the two compute otherwise, and lines on the rest."""
+    """Fields that differ, as (key, there, here): those by which the two compute otherwise, and lines on the rest.
+
+    Raises `ValueError` for a part of another kind, as a UNet where the other has a transformer.
+    """
     settings, notes = [], []
     for field in dataclasses.fields(here):
         theirs, ours = getattr(there, field.name), getattr(here, field.name)
         if dataclasses.is_dataclass(ours) and type(ours) is type(theirs):
             inner = _differences(theirs, ours, f"{key}{field.name}.")
             settings, notes = settings + inner[0], notes + inner[1]
+        elif dataclasses.is_dataclass(ours) and theirs is not None:
+            kinds = f"{type(theirs).__name__} there and {type(ours).__name__} here"
+            raise ValueError(f"{key}{field.name} is a {kinds}; choose a preset that has one like the weights")
         elif theirs != ours and not (field.name in SAID_BY_SHAPES and None in (theirs, ours)):
             if field.name in OF_THE_USE:
                 notes.append(f"{key}{field.name} was {text_of(theirs)}, is {text_of(ours)}")
