@@ -80,6 +80,7 @@ def open_run(config: Config, run_dir: str | Path) -> Run:
     import jax
 
     from artifex.scaling.checkpoints import Checkpoints
+    from artifex.training.latents import as_known, settle
     from artifex.training.run_folder import RunFolder
     from artifex.training.start import check as check_start
     from artifex.training.state import blueprint
@@ -90,6 +91,7 @@ def open_run(config: Config, run_dir: str | Path) -> Run:
     mesh = plan.make_mesh()
     # what is in the folder, and whether this run is the one in it
     folder = RunFolder(Path(run_dir))
+    config = as_known(config, folder.config)
     changes = folder.open(config)
     # the weights it begins with and what stays frozen, by name and shape
     if not folder.checkpoints.is_dir():
@@ -101,9 +103,11 @@ def open_run(config: Config, run_dir: str | Path) -> Run:
     # sharded init or restore
     checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep)
     state, start, notes = begin(blue, checkpoints, task)
-    folder.begin(config, start)
+    # how latents are scaled is part of what is trained: measured once, and kept with the configuration
+    blue, latents = (blue, []) if folder.config.exists() else settle(blue, state, task.corpus)
+    folder.begin(blue.config, start)
     task.save_beside(folder.path)
-    notes = [*task.corpus.changes, *(f"changed since it was saved: {change}" for change in changes), *notes]
+    notes = [*task.corpus.changes, *(f"changed since it was saved: {change}" for change in changes), *latents, *notes]
     return Run(blue, task, folder, checkpoints, state, start, notes)
 
 

@@ -95,6 +95,10 @@ class HalverConfig:
     latent_scale: float = 0.5
     latent_shift: float = 0.1
 
+    @property
+    def shift_and_scale(self):
+        return self.latent_shift, self.latent_scale
+
     def build(self, rngs):
         return Halver(self, rngs)
 

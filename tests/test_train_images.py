@@ -1,6 +1,7 @@
 """Runs of image models: what they write, how they go on, the frozen part, and pictures from the command line."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -8,11 +9,17 @@ import pytest
 from flax import nnx
 
 from artifex import sample, train
+from artifex.cli import parse_train
 from artifex.config import Config
+from artifex.data.image_batches import all_images
 from artifex.data.images import load_images
-from artifex.models.weights import from_pretrained
+from artifex.models.weights import from_pretrained, save_pretrained
 from artifex.scaling.checkpoints import Checkpoints
+from artifex.training import latents
+from artifex.training.frozen import autoencoder_folder
+from artifex.training.run_folder import RunFolder
 from artifex.training.state import blueprint
+from artifex.training.task import open_task
 
 pytest.importorskip("sklearn", reason="the digits need: pip install -e '.[images]'")
 
@@ -26,7 +33,7 @@ KL = {"name": "kl-digits", "block_channels": [8, 8], "mid_attention": False}
 LATENT = {
     "name": "latent-dit-digits",
     "network": {"embed_dim": 16, "num_layers": 1, "num_heads": 2},
-    "autoencoder": {"block_channels": [8, 8], "mid_attention": False, "latent_scale": 0.5},
+    "autoencoder": {"block_channels": [8, 8], "mid_attention": False},
     "sampler": "euler",
     "sampling_steps": 2,
 }
@@ -114,6 +121,72 @@ def test_the_frozen_autoencoder_is_the_trained_one_and_stays_it(kl, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, frozen, trained)
     drawn = sample.load(folder).sample(jax.random.key(0), count=3)
     assert drawn.shape == (3, 8, 8, 1)
+
+
+def test_a_latent_run_measures_shift_and_scale_of_its_training_images_and_keeps_them(kl, tmp_path, capsys):
+    cfg = config(LATENT | {"autoencoder_weights": str(kl / "weights")}, 2)
+    folder = train.train(cfg, tmp_path / "latent")
+    # drawn latents of every training image, in NumPy from what the encoder gives
+    images, _ = all_images(open_task(cfg, RunFolder(tmp_path)).corpus.train, 17)
+    mean, logvar = map(np.asarray, nnx.jit(lambda model, x: model.encode(x))(from_pretrained(kl / "weights"), images))
+    z = mean + np.exp(0.5 * logvar) * np.random.default_rng(0).normal(size=mean.shape)
+    ran = Config.from_file(folder / "config.json").model.spec().autoencoder
+    assert abs(ran.latent_shift - z.mean()) < 0.02 * z.std()
+    np.testing.assert_allclose(ran.latent_scale, 1 / z.std(), rtol=0.01)
+    line = f"so latent_shift is {ran.latent_shift} and latent_scale is {ran.latent_scale}"
+    assert capsys.readouterr().out.count(line) == 1
+    # the same configuration goes on, without measuring anew; a checkpoint and the weights have the same numbers
+    cfg.training.steps = 4
+    train.train(cfg, folder)
+    assert "latents of" not in capsys.readouterr().out
+    for path in (folder, folder / "weights"):
+        assert sample.load(path).autoencoder.cfg == ran
+    saved = from_pretrained(folder / "weights")
+    encoded = nnx.jit(lambda model, x: model.encode(x, jax.random.key(0)))(saved, images)
+    assert abs(float(encoded.mean())) < 0.02 and abs(float(encoded.std()) - 1) < 0.02
+    # and a run that starts from it, autoencoder and all, has them from there
+    start = config(LATENT, 1, start_from=str(folder), sample_images=0)
+    began = train.train(start, tmp_path / "began")
+    assert Config.from_file(began / "config.json").model.spec().autoencoder == ran
+
+
+def test_a_configured_scale_that_does_not_fit_the_latents_is_a_line_of_the_run():
+    def fitted(**autoencoder):
+        cfg = config(LATENT | {"autoencoder": {**LATENT["autoencoder"], **autoencoder}})
+        again, lines = latents.fitted(cfg, latents.Moments(mean=0.3, std=1.25, images=100))
+        return again.model.spec().autoencoder.shift_and_scale, lines
+
+    (numbers, lines) = fitted()
+    assert numbers == (0.3, 0.8) and len(lines) == 1
+    (numbers, lines) = fitted(latent_shift=0.1, latent_scale=0.9)
+    assert numbers == (0.1, 0.9) and len(lines) == 1
+    (numbers, lines) = fitted(latent_shift=0.3, latent_scale=1.2)
+    assert numbers == (0.3, 1.2) and lines[1].startswith("warning: with latent_shift 0.3 and latent_scale 1.2")
+    assert "mean 0 and deviation 1.5, where it expects 0 and 1" in lines[1]
+    (numbers, lines) = fitted(latent_shift=0.0)
+    assert numbers == (0.0, 0.8) and "mean 0.24 and deviation 1," in lines[1]
+
+
+def test_missing_weights_name_the_command_that_trains_them(tmp_path):
+    for folder in (tmp_path / "ae" / "weights", None):
+        given = {} if folder is None else {"autoencoder_weights": str(folder)}
+        with pytest.raises(ValueError, match=r"autoencoder_weights .* would stay random; train one by") as refusal:
+            train.train(config(LATENT | given), tmp_path / "latent")
+        command = re.search("`python -m artifex.train (.*)`", str(refusal.value))
+        assert command is not None
+        parsed = parse_train(command[1].split())
+        assert parsed.config.model.spec() == config(LATENT).model.spec().autoencoder
+        assert parsed.config.data.source == "digits" and (folder is None or parsed.run_dir == folder.parent)
+
+
+def test_an_autoencoder_for_images_of_another_size_is_refused_but_where_it_was_published_for_several(kl, tmp_path):
+    larger = {"autoencoder": {**LATENT["autoencoder"], "image_size": 16}, "network": {"image_size": 8}}
+    own = config(LATENT | larger | {"autoencoder_weights": str(kl / "weights")})
+    with pytest.raises(ValueError, match="another autoencoder: image_size is 8 there and 16 here"):
+        autoencoder_folder(own)
+    save_pretrained(tmp_path / "theirs", from_pretrained(kl / "weights"), layout="AutoencoderKL")
+    theirs = config(LATENT | larger | {"autoencoder_weights": str(tmp_path / "theirs")})
+    assert autoencoder_folder(theirs) == tmp_path / "theirs"
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,12 @@ def test_a_configuration_that_cannot_be_is_refused_by_its_field(kind, fields, na
         kind(**fields)
 
 
+@pytest.mark.parametrize("shape", [(2, 9, 8, 1), (2, 8, 8, 3)])
+def test_an_autoencoder_refuses_images_that_its_levels_cannot_halve_and_other_channels(shape):
+    with pytest.raises(ValueError, match="the autoencoder takes 1 channels and sizes that divide by 2"):
+        nnx.eval_shape(lambda: PRESETS["kl-digits"].build(nnx.Rngs(0)).encode(jnp.zeros(shape)))
+
+
 def test_every_preset_reads_images_and_halves_them_as_it_says():
     for cfg in PRESETS.values():
         assert cfg.reads == "images" and cfg.num_classes == 0

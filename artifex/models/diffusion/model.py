@@ -82,14 +82,14 @@ class Diffusion(nnx.Module):
         mean, logvar = self.autoencoder.encode(image_BHWC)
         if key is not None:
             mean = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-        known = self.autoencoder.cfg
-        return jax.lax.stop_gradient((mean - known.latent_shift) * known.latent_scale)
+        shift, scale = self.autoencoder.cfg.shift_and_scale
+        return jax.lax.stop_gradient((mean - shift) * scale)
 
     def decode(self, x0: jax.Array) -> jax.Array:
         """The image (B, H, W, C) in [-1, 1] of what the network works on."""
         if self.autoencoder is not None:
-            known = self.autoencoder.cfg
-            x0 = self.autoencoder.decode(x0 / known.latent_scale + known.latent_shift)
+            shift, scale = self.autoencoder.cfg.shift_and_scale
+            x0 = self.autoencoder.decode(x0 / scale + shift)
         return jnp.clip(x0, -1.0, 1.0)
 
     def denoise(self, network: Network, x: jax.Array, t_B: jax.Array, condition: Any = None) -> jax.Array:

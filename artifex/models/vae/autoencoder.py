@@ -111,7 +111,16 @@ class KLAutoencoder(nnx.Module):
         self.decoder = Decoder(cfg, rngs=rngs)
 
     def encode(self, x_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mean and log-variance of q(z|x), each (B, latent_size, latent_size, Z) float32, as yet unscaled."""
+        """Mean and log-variance of q(z|x), each (B, latent_size, latent_size, Z) float32, as yet unscaled.
+
+        Raises `ValueError` for other channels, and for sizes that do not halve as often as the levels ask.
+        """
+        halved, channels = 2 ** (len(self.cfg.block_channels) - 1), self.cfg.channels
+        if x_BHWC.shape[1] % halved or x_BHWC.shape[2] % halved or x_BHWC.shape[3] != channels:
+            raise ValueError(
+                f"images of shape {x_BHWC.shape[1:]}, but the autoencoder takes {channels} channels and sizes that "
+                f"divide by {halved}; resize them"
+            )
         h = self.encoder(x_BHWC)
         h = h if self.latent_out is None else self.latent_out(h)
         mean, logvar = jnp.split(h.astype(jnp.float32), 2, axis=-1)
@@ -159,9 +168,9 @@ class KLAutoencoder(nnx.Module):
         Their mean and deviation are those that `latent_shift` and `latent_scale` state. There are no labels to take.
         """
         refuse_labels(labels)
-        size = self.cfg.latent_size
+        size, (shift, scale) = self.cfg.latent_size, self.cfg.shift_and_scale
         noise = jax.random.normal(key, (count, size, size, self.cfg.latent_channels))
-        return _decode(self, noise / self.cfg.latent_scale + self.cfg.latent_shift)
+        return _decode(self, noise / scale + shift)
 
 
 @nnx.jit

@@ -116,7 +116,8 @@ class VQConfig:
 class KLAutoencoderConfig:
     """The autoencoder of latent diffusion: every level but the last of `block_channels` halves the image.
 
-    Latents for diffusion are (z - latent_shift) * latent_scale. Raises `ValueError` for sizes that do not fit together.
+    Latents for diffusion are (z - latent_shift) * latent_scale, 0 and 1 until they are measured. Raises `ValueError`
+    for sizes that do not fit together.
     """
 
     reads: ClassVar[Literal["text", "images"]] = "images"
@@ -131,8 +132,8 @@ class KLAutoencoderConfig:
     mid_attention: bool = True  # attention over all pixels at the lowest resolution
     latent_convs: bool = True  # a 1x1 convolution on each side of the latent, as in Stable Diffusion 1 and 2
     kl_weight: float = 1e-6  # factor of the KL divergence, in nats to a value of the image, in the loss; at least 0
-    latent_scale: float = 1.0  # 1 / the latents' standard deviation, above 0; diffusion then sees unit variance
-    latent_shift: float = 0.0  # the latents' mean
+    latent_scale: float | None = None  # 1 / the latents' deviation, above 0; none: measured when diffusion freezes it
+    latent_shift: float | None = None  # the latents' mean; none: measured when diffusion freezes it
 
     def __post_init__(self) -> None:
         _positive(self, "image_size", "channels", "latent_channels", "layers_per_block", "groups")
@@ -140,13 +141,18 @@ class KLAutoencoderConfig:
         _check_halvings(self.image_size, len(self.block_channels) - 1)
         if self.kl_weight < 0:
             raise ValueError(f"kl_weight is {self.kl_weight}; it must be at least 0")
-        if not self.latent_scale > 0:
+        if self.latent_scale is not None and not self.latent_scale > 0:
             raise ValueError(f"latent_scale is {self.latent_scale}; it must be above 0")
 
     @property
     def latent_size(self) -> int:
         """Height and width of the latent."""
         return self.image_size >> (len(self.block_channels) - 1)
+
+    @property
+    def shift_and_scale(self) -> tuple[float, float]:
+        """Of the latents for diffusion: z is (z - shift) * scale there."""
+        return self.latent_shift or 0.0, self.latent_scale or 1.0
 
     def build(self, rngs: nnx.Rngs) -> KLAutoencoder:
         """The model with fresh parameters."""
@@ -195,7 +201,9 @@ PRESETS: dict[str, VAEConfig | VQConfig | KLAutoencoderConfig] = {
     ),
     "vae-cifar": VAEConfig(),
     # Rombach et al. 2022 (arXiv:2112.10752), as Stable Diffusion 1 and 2 use it: 83,653,863 parameters
-    "sd-autoencoder": KLAutoencoderConfig(image_size=512, block_channels=(128, 256, 512, 512), latent_scale=0.18215),
+    "sd-autoencoder": KLAutoencoderConfig(
+        image_size=512, block_channels=(128, 256, 512, 512), latent_scale=0.18215, latent_shift=0.0
+    ),
     # Esser et al. 2024 (arXiv:2403.03206), Stable Diffusion 3
     "sd3-autoencoder": KLAutoencoderConfig(
         image_size=1_024,

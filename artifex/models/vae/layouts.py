@@ -49,7 +49,7 @@ def read_config(theirs: Mapping[str, Any]) -> KLAutoencoderConfig:
 
 def write_config(cfg: KLAutoencoderConfig) -> dict[str, Any]:
     """Their `config.json` of our configuration."""
-    levels = len(cfg.block_channels)
+    levels, (shift, scale) = len(cfg.block_channels), cfg.shift_and_scale
     return FIXED | {
         "_class_name": "AutoencoderKL",
         "in_channels": cfg.channels,
@@ -61,8 +61,8 @@ def write_config(cfg: KLAutoencoderConfig) -> dict[str, Any]:
         "latent_channels": cfg.latent_channels,
         "norm_num_groups": cfg.groups,
         "sample_size": cfg.image_size,
-        "scaling_factor": cfg.latent_scale,
-        "shift_factor": cfg.latent_shift or None,
+        "scaling_factor": scale,
+        "shift_factor": shift or None,
         "use_quant_conv": cfg.latent_convs,
         "use_post_quant_conv": cfg.latent_convs,
         "mid_block_add_attention": cfg.mid_attention,
