@@ -15,6 +15,7 @@ import pytest
 from artifex import sample, train
 from artifex.config import Config
 from artifex.data.text import load_text
+from artifex.data.tokenizers import ByteTokenizer, save_tokenizer
 from artifex.models import weights
 from artifex.scaling.checkpoints import Checkpoints
 from artifex.training.state import blueprint
@@ -282,8 +283,8 @@ def test_validation_of_masked_diffusion_is_an_estimate_at_any_batch_shape(source
     training = {"batch_size": rows, "validation_batches": 50}
     sections = settings(source, data={"sequence_length": length}, training=training)
     run = train.open_run(Config.from_dict(sections | {"model": {"name": "masked-nano", "decoder": decoder}}), tmp_path)
-    found, weight = train.make_validate(run)(run.state)
-    batches = list(run.task.validation())
+    found, weight = train.make_validate(run)(run.state, final=True)
+    batches = list(run.task.validation(None))
     assert 0 < batches[-1]["mask"][:, 0].sum() < rows, "the last batch is partly filled"
     stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
     loss = make_loss(run.blue)
@@ -298,3 +299,20 @@ def test_validation_of_masked_diffusion_is_an_estimate_at_any_batch_shape(source
     estimates = np.asarray(jax.jit(lambda keys: jax.lax.map(fresh, keys))(jax.random.split(jax.random.key(1), 40)))
     assert abs(found["loss"] - estimates.mean()) < 3 * estimates.std(ddof=1)
     assert 0 < estimates.std() < 0.005
+
+
+def test_a_token_that_no_check_at_the_start_saw_ends_the_run_with_one_line(tmp_path, capsys):
+    tokens = np.full(2_000_000, 300, np.uint16)
+    for start in np.linspace(0, len(tokens) - 4096, 64).astype(
+        int
+    ):  # where a token file is looked at when it is opened
+        tokens[start : start + 4096] = 65
+    np.save(tmp_path / "tokens.npy", tokens)
+    save_tokenizer(ByteTokenizer(), tmp_path / "bytes.json")
+    data = {"source": str(tmp_path / "tokens.npy"), "tokenizer": str(tmp_path / "bytes.json")}
+    config("", data=data).save(tmp_path / "run.json")
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(tmp_path / "run.json"), "--run-dir", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert error == "error: the tokens hold id 300, outside [0, 256); give the tokenizer they were made with\n"

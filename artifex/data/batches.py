@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
+from artifex.data import DataError
 from artifex.data.order import check_rows, epoch_order, local_rows
 
 Batch = dict[str, np.ndarray]
@@ -138,4 +139,4 @@ def _check_ids(window_RT: np.ndarray, vocab_size: int | None) -> None:
     low, high = window_RT.min(), window_RT.max()
     if low < 0 or high >= vocab_size:
         bad = low if low < 0 else high
-        raise ValueError(f"the tokens hold id {bad}, outside [0, {vocab_size}); give the tokenizer they were made with")
+        raise DataError(f"the tokens hold id {bad}, outside [0, {vocab_size}); give the tokenizer they were made with")

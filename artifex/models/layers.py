@@ -117,6 +117,14 @@ def fused(x: jax.Array, *linears: Linear) -> list[jax.Array]:
     return [y if bias is None else y + _lift(bias[...], y.ndim) for y, bias in zip(outputs, biases, strict=True)]
 
 
+def take_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows (..., D) of `table` (N, D) for integer `ids` (...); NaN for ids outside [0, N).
+
+    Indexing would take the last row for those beyond, and count negative ones from the end: a loss would be plausible.
+    """
+    return table.at[ids].get(mode="fill", wrap_negative_indices=False)
+
+
 class Embed(nnx.Module):
     """A table of `count` learned vectors; `attend` uses it as the output head."""
 
@@ -124,8 +132,8 @@ class Embed(nnx.Module):
         self.table = parameter(std * jax.random.normal(rngs.params(), (count, features)), *names)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """Rows (..., D) for integer `ids` (...)."""
-        return self.table[...][ids]
+        """Rows (..., D) for integer `ids` (...); NaN where an id is not in [0, count)."""
+        return take_rows(self.table[...], ids)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Inner products of x (..., D) with every row: (..., count)."""

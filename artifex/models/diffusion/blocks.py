@@ -51,7 +51,10 @@ class ClassEmbedding(nnx.Module):
         )
 
     def __call__(self, label_B: jax.Array | None, batch: int) -> jax.Array:
-        """(batch, condition) for integer labels (B,); without any, the vector that means none for all."""
+        """(batch, condition) for integer labels (B,); without any, the vector that means none for all.
+
+        NaN for labels outside [0, num_classes].
+        """
         if label_B is None:
             label_B = jnp.full(batch, self.num_classes)
         if not jnp.issubdtype(label_B.dtype, jnp.integer) or label_B.shape != (batch,):
@@ -59,7 +62,7 @@ class ClassEmbedding(nnx.Module):
                 f"condition is {label_B.dtype}{list(label_B.shape)}; give integer labels of shape ({batch},), "
                 f"where {self.num_classes} means none"
             )
-        return self.table[...][label_B]
+        return layers.take_rows(self.table[...], label_B)
 
 
 class Condition(nnx.Module):

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from artifex.models import layers
+from artifex.models.batch import check_images
 from artifex.models.diffusion import objective, variance
 from artifex.models.diffusion.config import DiffusionConfig
 from artifex.models.diffusion.guidance import Network, guided
@@ -45,8 +46,10 @@ class Diffusion(nnx.Module):
         `batch`: "image" (B, H, W, C) in [-1, 1], "label" (B,) where the model has classes, optionally "mask" (B,), 0
         for rows that do not count, and, for a network that reads text, optionally "condition". Times are the B
         strata of their distribution. Without `rngs` noise and times are those of batch `index`, latents are means and
-        every condition stays.
+        every condition stays. NaN for labels outside [0, num_classes]. Raises `TypeError` or `ValueError` for what is
+        no such batch.
         """
+        check_images(batch, self.cfg.num_classes)
         eps_key, time_key, drop_key, latent_key = jax.random.split(layers.noise_key(rngs, index), 4)
         x0 = self.encode(batch["image"], None if rngs is None else latent_key)
         B = x0.shape[0]

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from artifex.models import layers
+from artifex.models.batch import check_text
 from artifex.models.stack import run_stack, stack, unstack
 from artifex.models.transformer.attention import Attention
 from artifex.models.transformer.config import DecoderConfig
@@ -173,8 +174,10 @@ class Decoder(nnx.Module):
         With experts the weighted balance losses are added to it; the metrics then hold the cross entropy as `nats`
         and what the experts report (`artifex.models.transformer.moe.MoE`).
         `batch`: `tokens` and `targets` (B, T), integers, and optionally `mask` (B, T), 1 where a target counts. There
-        is no noise, whatever its `index`.
+        is no noise, whatever its `index`. NaN for token ids outside the vocabulary, and for such targets where they
+        count. Raises `TypeError` or `ValueError` for what is no such batch.
         """
+        check_text(batch, "tokens", "targets")
         logits_BTV, aux = self.logits_and_aux(batch["tokens"], rngs)
         nats, weight = cross_entropy(logits_BTV, batch["targets"], batch.get("mask"))
         if not aux:
@@ -199,11 +202,16 @@ class Decoder(nnx.Module):
 def cross_entropy(
     logits_BTV: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean of logsumexp(logits) - logit of the target, in nats, over the targets that count, and their number."""
+    """Mean of logsumexp(logits) - logit of the target, in nats, over the targets that count, and their number.
+
+    NaN where one that counts is not in [0, V): it has no logit.
+    """
     # a comparison, not a gather: it stays local where logits are split over the vocabulary
     hit_BTV = jnp.arange(logits_BTV.shape[-1])[None, None] == targets_BT[..., None]
     picked_BT = jnp.sum(jnp.where(hit_BTV, logits_BTV, 0.0), axis=-1)
     nats_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
+    known_BT = (targets_BT >= 0) & (targets_BT < logits_BTV.shape[-1])
+    nats_BT = jnp.where(known_BT if mask_BT is None else known_BT | (mask_BT == 0), nats_BT, jnp.nan)
     if mask_BT is None:
         return jnp.mean(nats_BT), jnp.float32(nats_BT.size)
     mask_BT = mask_BT.astype(jnp.float32)

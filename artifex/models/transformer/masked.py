@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from artifex.models import layers
+from artifex.models.batch import check_text
 from artifex.models.transformer.decoder import Decoder, cross_entropy
 from artifex.models.transformer.generate import check_request, pick
 from artifex.models.transformer.masked_config import MaskedDiffusionConfig
@@ -45,9 +46,14 @@ class MaskedDiffusion(nnx.Module):
         """Equation (1) in nats per token of `batch["targets"]`, and `{"weight": number of tokens}`.
 
         `mask` (B, T), optional, is 1 where a token counts, else 0; the network sees the others hidden. The rows' h are
-        those of B strata; without `rngs`, what is hidden is that of batch `index`.
+        those of B strata; without `rngs`, what is hidden is that of batch `index`. NaN where a token that counts is not
+        in the data's vocabulary. Raises `TypeError` or `ValueError` for what is no batch of text.
         """
-        clean_BT, key = batch["targets"], layers.noise_key(rngs, index)
+        check_text(batch, "targets")
+        # the mask is no token of the data: an id that no table has, seen or hidden
+        clean_BT = jnp.asarray(batch["targets"], jnp.int32)
+        clean_BT = jnp.where(clean_BT == self.cfg.mask_id, -1, clean_BT)
+        key = layers.noise_key(rngs, index)
         counts_BT = batch.get("mask", jnp.ones(clean_BT.shape)).astype(jnp.float32)
         hidden_BT = hide(counts_BT > 0, key)
         logits_BTV = self(jnp.where(hidden_BT | (counts_BT == 0), self.cfg.mask_id, clean_BT), rngs)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from artifex.models.batch import check_images
 from artifex.models.convolution import Conv, GroupNorm, image
 from artifex.models.layers import noise_key
 from artifex.models.resnet import Downsample, ResnetBlock, SpatialAttention, Upsample
@@ -140,6 +141,7 @@ class KLAutoencoder(nnx.Module):
         `kl` is in nats to an image; `latent_mean` and `latent_std` are over all numbers of the drawn latents:
         `latent_shift` and 1 / `latent_scale` for diffusion.
         """
+        check_images(batch)
         x_BHWC, weights_B = batch["image"], image_weights(batch)
         mean, logvar = self.encode(x_BHWC)
         z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(noise_key(rngs, index), mean.shape)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from artifex.models.batch import check_images
 from artifex.models.convolution import Conv, UpConv, image
 from artifex.models.layers import Linear, noise_key, parameter
 from artifex.models.likelihoods import discretized_gaussian
@@ -155,6 +156,7 @@ class VAE(nnx.Module):
 
         Without `rngs` the noise is that of batch `index`.
         """
+        check_images(batch)
         x_BHWC, weights_B = batch["image"], image_weights(batch)
         mean, logvar = self.encode(x_BHWC)
         noise = jax.random.normal(noise_key(rngs, index), mean.shape)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from artifex.models.batch import check_images
 from artifex.models.convolution import Conv
 from artifex.models.layers import buffer
 from artifex.models.vae.config import VQConfig
@@ -58,6 +59,7 @@ class VQVAE(nnx.Module):
 
         `perplexity` and `codes_used` are of the codes of this batch. Validation draws nothing, whatever its `index`.
         """
+        check_images(batch)
         x_BHWC, weights_B = batch["image"], image_weights(batch)
         z_BHWZ = self.project(self.encoder(x_BHWC))
         quantized = self.quantizer(z_BHWZ, weights_B, None if rngs is None else rngs.noise())

@@ -1,0 +1,63 @@
+"""What a batch is: the arrays that a model's loss reads, looked at by name, kind and shape while it is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+TEXT = "'tokens' and 'targets', integers (B, T), and perhaps 'mask' (B, T), 1 where a target counts"
+IMAGES = "'image', floats (B, H, W, C) in [-1, 1], and perhaps 'mask' (B,), 1 where a row counts"
+
+
+def check_text(batch: Any, *needed: str) -> None:
+    """Raise `TypeError` for what is no mapping, `ValueError` where one of `needed` is missing or no integers (B, T).
+
+    Arrays (B, T) of another shape than the first are refused too: they would be broadcast, and the loss be plausible.
+    """
+    _check_there(batch, needed, TEXT)
+    for name in needed:
+        _check_array(name, batch[name], 2, jnp.integer, "integers (B, T)")
+    shape = jnp.shape(batch[needed[0]])
+    for name in ("tokens", "targets", "mask"):
+        if name in batch and jnp.shape(batch[name]) != shape:
+            raise ValueError(
+                f"the batch's {name!r} is of shape {jnp.shape(batch[name])}, its {needed[0]!r} of {shape}; give both "
+                "one shape (B, T)"
+            )
+
+
+def check_images(batch: Any, num_classes: int = 0) -> None:
+    """Raise `TypeError` for what is no mapping, `ValueError` where the image, or the label of a model with classes, is
+    missing or of another kind or shape."""
+    needed, expected = ("image",), IMAGES
+    if num_classes:
+        needed, expected = ("image", "label"), f"{IMAGES}, and 'label', integers (B,) from 0 to {num_classes - 1}"
+    _check_there(batch, needed, expected)
+    _check_array("image", batch["image"], 4, jnp.floating, "floats (B, H, W, C) in [-1, 1]")
+    rows = jnp.shape(batch["image"])[:1]
+    if num_classes:
+        _check_array("label", batch["label"], 1, jnp.integer, f"integers {rows}, one an image")
+    for name in needed[1:] + ("mask",) * ("mask" in batch):
+        if jnp.shape(batch[name]) != rows:
+            raise ValueError(
+                f"the batch's {name!r} is of shape {jnp.shape(batch[name])}; give one for each image, {rows}"
+            )
+
+
+def _check_there(batch: Any, needed: tuple[str, ...], expected: str) -> None:
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"the batch is a {type(batch).__name__}; expected a mapping with {expected}")
+    missing = [name for name in needed if name not in batch]
+    if missing:
+        raise ValueError(
+            f"the batch has no {missing[0]!r} (it has {', '.join(map(repr, batch)) or 'nothing'}); expected a mapping "
+            f"with {expected}"
+        )
+
+
+def _check_array(name: str, value: Any, rank: int, kind: Any, expected: str) -> None:
+    dtype = jnp.result_type(value)
+    if jnp.ndim(value) != rank or not jnp.issubdtype(dtype, kind):
+        raise ValueError(f"the batch's {name!r} is {dtype} of shape {jnp.shape(value)}; expected {expected}")
