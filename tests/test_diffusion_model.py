@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import Any
+import itertools
+from typing import Any, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from flax import nnx
 
 from artifex.models import layers
-from artifex.models.diffusion.config import PRESETS, DiffusionConfig
+from artifex.models.diffusion.config import PRESETS, TRAINING_TIMES, DiffusionConfig
 from artifex.models.diffusion.guidance import guided
 from artifex.models.diffusion.networks import MMDIT
 from artifex.models.diffusion.process import per_example
@@ -298,6 +299,19 @@ def test_labels_and_guidance_without_classes_are_refused():
         model.sample(jax.random.key(0), count=1, labels=np.array([0]))
     with pytest.raises(ValueError, match=r"guidance is 2\.0 but there is no label or text"):
         model.sample(jax.random.key(0), count=1, guidance=2.0)
+
+
+def test_every_choice_goes_with_every_other_but_noise_predicted_over_a_flow():
+    choices = get_type_hints(DiffusionConfig)
+    fields = ("process", "prediction", "weighting", "sampler")
+    refused = set()
+    for chosen in itertools.product(*(get_args(choices[field]) for field in fields)):
+        times = TRAINING_TIMES[chosen[0]][0]
+        try:
+            DiffusionConfig(training_times=times, **dict(zip(fields, chosen, strict=True)))
+        except ValueError:
+            refused.add(chosen[:2])
+    assert refused == {("flow", "eps")}
 
 
 @pytest.mark.parametrize(

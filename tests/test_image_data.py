@@ -3,9 +3,12 @@
 import builtins
 import gzip
 import os
+import re
 import struct
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -246,6 +249,14 @@ def test_a_library_that_is_missing_is_named_with_its_command(tmp_path, monkeypat
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ImportError, match=needs):
         load_images(source, **GREY)
+
+
+@pytest.mark.parametrize(
+    ("extra", "packages"), [("datasets", {"datasets", "pillow"}), ("images", {"pillow", "scikit-learn"})]
+)
+def test_an_extra_brings_all_that_its_sources_import(extra, packages):
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert {re.match(r"[\w-]+", package)[0] for package in project["optional-dependencies"][extra]} == packages
 
 
 # Sizes, colours, splits, fingerprints

@@ -1,7 +1,10 @@
 """Runs of image models: what they write, how they go on, the frozen part, and pictures from the command line."""
 
+import contextlib
+import io
 import json
 import re
+import types
 
 import jax
 import numpy as np
@@ -17,6 +20,7 @@ from artifex.models.weights import from_pretrained, save_pretrained
 from artifex.scaling.checkpoints import Checkpoints
 from artifex.training import latents
 from artifex.training.frozen import autoencoder_folder
+from artifex.training.image_task import ImageTask
 from artifex.training.run_folder import RunFolder
 from artifex.training.state import blueprint
 from artifex.training.task import open_task
@@ -213,6 +217,80 @@ def test_classes_and_levels_other_than_the_datas_are_refused(tmp_path):
         train.train(config({"name": "unet-digits", "network": {"num_classes": 3}}), tmp_path / "run")
     with pytest.raises(ValueError, match=r"model.levels is 256, but a channel of digits has 17 values"):
         train.train(config({"name": "vae-digits", "levels": 256}), tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """A run on pictures of 12 x 8 pixels in the folders circle, square and triangle, and what it printed."""
+    pillow = pytest.importorskip("PIL.Image")
+    root, random = tmp_path_factory.mktemp("shapes"), np.random.default_rng(0)
+    for kind in ("circle", "square", "triangle"):
+        (root / "data" / kind).mkdir(parents=True)
+        for number in range(10):
+            pixels = random.integers(0, 256, (8, 12, 3), dtype=np.uint8)
+            pillow.fromarray(pixels).save(root / "data" / kind / f"{number}.png")
+    made = UNET | {"network": UNET["network"] | {"num_classes": 3}}
+    cfg = config(made, 1, sample_images=7).to_dict()
+    cfg["data"]["source"] = str(root / "data")
+    (root / "run.json").write_text(json.dumps(cfg))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        train.main([str(root / "run.json"), "--run-dir", str(root / "run")])
+    return root / "run", printed.getvalue()
+
+
+def test_a_run_says_what_it_did_to_the_pictures_and_which_setting_changes_it(shapes):
+    _, printed = shapes
+    assert "30 images of 12 x 8 became 8 x 8 (model.network.image_size is 8)\n" in printed
+    assert "30 images cut to the middle square" in printed
+    assert (
+        "30 images in colour became grey (model.network.in_channels=model.network.out_channels=3 keeps the colour)"
+        in printed
+    )
+    assert "3 classes (circle, square, triangle)" in printed and "--labels circle square triangle --out" in printed
+
+
+def test_classes_are_drawn_by_name_from_a_run_and_from_its_weights(shapes, tmp_path, capsys):
+    run, _ = shapes
+    drawn = []
+    for number, (path, labels) in enumerate(
+        [(run, ["square", "circle"]), (run / "weights", ["square", "circle"]), (run / "weights", ["1", "0"])]
+    ):
+        out = tmp_path / f"{number}.png"
+        sample.main([str(path), "--labels", *labels, "--num-samples", "2", "--out", str(out)])
+        drawn.append(out.read_bytes())
+    assert len(set(drawn)) == 1
+    with pytest.raises(SystemExit) as stop:
+        sample.main([str(run / "weights"), "--labels", "sqare"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: label 'sqare' is no class of the model: did you mean 'square'?\n"
+
+
+def test_a_grid_has_a_row_for_each_class_with_its_name(shapes):
+    import matplotlib.image
+
+    run, _ = shapes
+    height, width, _ = matplotlib.image.imread(run / "samples" / "step-0000001.png").shape
+    margin = 12 + 8 * len("triangle")
+    assert (height, width) == (3 * (48 + 2) + 2, 2 * (48 + 2) + 2 + margin), "7 images: 2 of each of 3 classes"
+
+
+def test_reconstructions_show_every_held_out_image_and_nothing_else(tmp_path):
+    import matplotlib.image
+
+    np.savez(
+        tmp_path / "white.npz", x_train=np.full((4, 8, 8), 255, np.uint8), x_test=np.full((3, 8, 8), 255, np.uint8)
+    )
+    cfg = config(KL)
+    cfg.data.source = str(tmp_path / "white.npz")
+    task = ImageTask.open(cfg)
+    rows = sum(float(batch["mask"].sum()) for batch in task.validation())
+    assert rows == 3 < cfg.training.batch_size, "the only batch holds rows that are no images"
+    task._reconstructions(types.SimpleNamespace(reconstruct=lambda images: images), tmp_path / "final.png")
+    picture = matplotlib.image.imread(tmp_path / "final.png")[..., :3]
+    ground = picture[30, 0]  # left of the first pair
+    shown = picture[40]  # a line of pixels through all pairs, below the title
+    assert ((shown == 1).all(-1) | (shown == ground).all(-1)).all(), "a row without an image would be black"
+    assert (shown == 1).all(-1).sum() == 3 * 2 * 48
 
 
 def test_the_command_line_draws_a_row_for_each_class(unet, tmp_path, capsys):

@@ -75,13 +75,13 @@ def _check_same(folder: Path, wanted: Any) -> None:
             f"model.autoencoder_weights {folder} holds a model of {type(have).__name__}, expected "
             f"{type(wanted).__name__}; give the weights folder of such an autoencoder"
         )
-    differing = differing(have, wanted)
+    fields = differing(have, wanted)
     # the size in another library's file is the largest of several that a published autoencoder was made for
-    if not holds_weights(folder) and "image_size" in differing:
-        differing.remove("image_size")
-    other = [f"{name} is {getattr(have, name)} there and {getattr(wanted, name)} here" for name in differing]
-    if other:
+    if not holds_weights(folder) and "image_size" in fields:
+        fields.remove("image_size")
+    others = [f"{name} is {getattr(have, name)} there and {getattr(wanted, name)} here" for name in fields]
+    if others:
         raise ValueError(
-            f"model.autoencoder_weights {folder} holds another autoencoder: {'; '.join(other)}; set model.autoencoder "
+            f"model.autoencoder_weights {folder} holds another autoencoder: {'; '.join(others)}; set model.autoencoder "
             "to match, or give another folder"
         )
