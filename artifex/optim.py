@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from flax import nnx, traverse_util
 from optax.contrib import MuonDimensionNumbers, muon
 
 from artifex.config import OptimizerConfig
 
-TABLES = {"vocab", "positions", "classes", "codes"}  # a row each for an id: looked up, so never a matrix for Muon
-BATCHED = {"layers", "experts"}  # dims that count matrices
+BATCHED = ("layers", "experts")  # leading dims that count parameters
 
 
 def make_schedule(cfg: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
@@ -33,15 +34,21 @@ def make_schedule(cfg: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
     return _promoting(after)
 
 
-def make_optimizer(cfg: OptimizerConfig, steps: int, names: Any) -> optax.GradientTransformation:
+def inputs_of(params: nnx.State) -> Any:
+    """How many dims of each parameter are inputs, 0 where it is no matrix inside the model: nested dicts of numbers."""
+    known = nnx.to_flat_state(params)
+    return traverse_util.unflatten_dict({path: leaf.get_metadata().get("inputs", 0) for path, leaf in known})
+
+
+def make_optimizer(cfg: OptimizerConfig, steps: int, names: Any, inputs: Any) -> optax.GradientTransformation:
     """The optax chain for a tree of parameters whose logical axes are `names` (same tree, a tuple at each leaf).
 
-    Weight decay leaves out biases and norm scales. Muon (Jordan 2024) takes the matrices inside the model, by their
-    names, with update sizes matched to AdamW's (Liu et al. 2025, arXiv:2502.16982); tables, heads, norms and biases
-    go to AdamW.
+    `inputs`, the same tree, is that of `inputs_of`: Muon (Jordan 2024) takes the matrices inside the model, with update
+    sizes matched to AdamW's (Liu et al. 2025, arXiv:2502.16982); the rest goes to AdamW. Weight decay takes what has
+    two dims or more and is no bias: kernels and tables. Repeated blocks and experts count as parameters of their own.
     """
     rate = make_schedule(cfg, steps)
-    decayed = _map_names(lambda path, _: path[-1].key not in ("bias", "scale"), names)
+    decayed = _map_names(lambda path, axes: path[-1].key != "bias" and len(axes) - batched(axes) > 1, names)
     if cfg.name == "adamw":
         chosen = optax.adamw(rate, b1=cfg.beta1, b2=cfg.beta2, eps=cfg.eps, weight_decay=cfg.weight_decay, mask=decayed)
     elif cfg.name == "lion":
@@ -50,7 +57,7 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, names: Any) -> optax.Gradie
         # optax.adafactor decays by weight_decay alone; here, as in the others, it is times the learning rate
         chosen = optax.chain(
             optax.scale_by_factored_rms(),
-            optax.clip_by_block_rms(1.0),
+            clip_by_rms(names),
             optax.add_decayed_weights(cfg.weight_decay, decayed),
             optax.scale_by_learning_rate(rate),
         )
@@ -61,7 +68,7 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, names: Any) -> optax.Gradie
             adam_b1=cfg.beta1,
             adam_b2=cfg.beta2,
             eps=cfg.eps,
-            muon_weight_dimension_numbers=_map_names(lambda path, axes: matrix_dims(axes), names),
+            muon_weight_dimension_numbers=_map_names(lambda _, axes, count: matrix_dims(axes, count), names, inputs),
             consistent_rms=0.2,
         )
         chosen = optax.chain(
@@ -79,17 +86,30 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, names: Any) -> optax.Gradie
     return optax.GradientTransformation(chosen.init, _promoting(chosen.update))
 
 
-def matrix_dims(names: tuple[str, ...]) -> MuonDimensionNumbers | None:
-    """Which dims of a weight are a matrix's inputs and outputs, by its logical axes; None where it is no matrix.
+def batched(names: tuple[str, ...]) -> int:
+    """How many leading dims count parameters that are stacked."""
+    return next((dim for dim, name in enumerate(names) if name not in BATCHED), len(names))
 
-    A weight that reads the residual stream has `embed` first and everything after it is output; any other weight
-    has one output dim, the last.
+
+def matrix_dims(names: tuple[str, ...], inputs: int) -> MuonDimensionNumbers | None:
+    """Which dims of a weight are a matrix's inputs and outputs; None where `inputs` is 0."""
+    first = batched(names)
+    split = first + inputs
+    return MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, len(names)))) if inputs else None
+
+
+def clip_by_rms(names: Any, threshold: float = 1.0) -> optax.GradientTransformation:
+    """Each parameter's update divided by max(1, rms / threshold): Shazeer and Stern 2018 (arXiv:1804.04235), (5).
+
+    optax's own would take one rms of all layers of a stack.
     """
-    dims = [dim for dim, name in enumerate(names) if name not in BATCHED]
-    if len(dims) < 2 or TABLES & set(names) or "embed" not in names:
-        return None
-    split = 1 if names[dims[0]] == "embed" else len(dims) - 1
-    return MuonDimensionNumbers(tuple(dims[:split]), tuple(dims[split:]))
+
+    def clip(_: Any, axes: tuple[str, ...], update: jax.Array) -> jax.Array:
+        own = tuple(range(batched(axes), update.ndim))
+        rms = jnp.sqrt(jnp.mean(jnp.square(update), axis=own, keepdims=True))
+        return update / jnp.maximum(1.0, rms / threshold)
+
+    return optax.stateless(lambda updates, _: _map_names(clip, names, updates))
 
 
 def _promoting(function: Callable) -> Callable:
@@ -103,5 +123,6 @@ def _promoting(function: Callable) -> Callable:
     return call
 
 
-def _map_names(function: Callable[[Any, tuple[str, ...]], Any], names: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(function, names, is_leaf=lambda node: isinstance(node, tuple))
+def _map_names(function: Callable, names: Any, *trees: Any) -> Any:
+    is_names = lambda node: isinstance(node, tuple)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(function, names, *trees, is_leaf=is_names)

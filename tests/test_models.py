@@ -14,6 +14,7 @@ from artifex import models
 from artifex.models import layers
 from artifex.models.stack import Execution, execution
 from artifex.models.transformer.generate import pick
+from artifex.optim import inputs_of, matrix_dims
 from artifex.scaling.placement import leaves_with_names, names_of, shapes_of
 
 SMALL = {
@@ -60,6 +61,7 @@ PUBLISHED = {
 }
 
 
+@functools.cache
 def abstract(preset: str):
     return nnx.eval_shape(lambda: models.create(preset, rngs=nnx.Rngs(0)))
 
@@ -101,6 +103,33 @@ def test_every_parameter_is_named_and_one_name_has_one_size(preset):
             if name in OF_MANY_SIZES:
                 continue
             assert sizes.setdefault(name, size) == size, f"{path}: {name} is {size} here and {sizes[name]} elsewhere"
+
+
+@pytest.mark.parametrize("preset", models.list_models())
+def test_matrices_for_muon_are_the_linear_maps_inside_the_model(preset):
+    params = nnx.state(abstract(preset), nnx.Param)
+    names, found = names_of(params), inputs_of(params)
+    assert jax.tree.structure(found) == jax.tree.structure(nnx.to_pure_dict(params))
+    for path, count, axes in leaves_with_names(found, names):
+        own = [name for name in axes if name not in ("layers", "experts")]
+        outside = path.split("/")[-1] != "kernel" or {"vocab", "positions", "classes", "codes"} & set(own)
+        outside = outside or {"kernel", "frequencies", "in_features", "context", "latent"} & set(own)
+        if outside or path.endswith(("router/kernel", "head/project/kernel")):
+            assert count == 0, path
+        else:
+            assert count == (2 if own == ["heads", "head_dim", "embed"] else 1), path
+            assert matrix_dims(axes, count) is not None
+
+
+def test_muon_splits_a_diffusion_transformer_at_its_inputs():
+    params = nnx.state(abstract("dit-digits"), nnx.Param)
+    paths = {"modulation": "modulation/project", "out": "attention/out", "up": "mlp/up"}
+    found = {path: (axes, count) for path, count, axes in leaves_with_names(inputs_of(params), names_of(params))}
+    dims = {name: matrix_dims(*found[f"network/layers/{path}/kernel"]) for name, path in paths.items()}
+    expected = {"modulation": ((1,), (2, 3)), "out": ((1, 2), (3,)), "up": ((1,), (2,))}
+    assert {name: (spec.reduction_axis, spec.output_axis) for name, spec in dims.items() if spec} == expected
+    for path in ("layers/modulation/project/bias", "patches/project/kernel", "head/project/kernel"):
+        assert matrix_dims(*found[f"network/{path}"]) is None
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)

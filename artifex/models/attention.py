@@ -172,13 +172,13 @@ def attend(
     Weights are float32, those of 16-bit values rounded once for the product with them.
     """
     B, K, G, T, H = query_BKGTH.shape
-    scale = H**-0.5 if scale is None else scale
+    factor = H**-0.5 if scale is None else scale
     short = query_BKGTH.dtype.itemsize < 4
-    scaled_BKGTH = query_BKGTH if short else query_BKGTH * scale
+    scaled_BKGTH = query_BKGTH if short else query_BKGTH * factor
     query_BKRH = scaled_BKGTH.reshape(B, K, G * T, H)  # R: the queries of all heads that share a key head
     scores_BKRS = jnp.einsum("BKRH,BKSH->BKRS", query_BKRH, key_BKSH, preferred_element_type=jnp.float32)
     if short:  # a scale that is no power of two rounds 16-bit queries once more
-        scores_BKRS = scores_BKRS * scale
+        scores_BKRS = scores_BKRS * factor
     if softcap is not None:
         scores_BKRS = softcap * jnp.tanh(scores_BKRS / softcap)
     if seen_TS is not None:

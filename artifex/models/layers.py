@@ -25,11 +25,18 @@ JOIN_FROM = (
 )
 
 
-def parameter(value: jax.Array, *names: str) -> nnx.Param:
-    """A parameter whose metadata names each dim of `value` by the vocabulary of `artifex.scaling.axes`."""
+def parameter(value: jax.Array, *names: str, inputs: int = 0) -> nnx.Param:
+    """A parameter whose metadata names each dim of `value` by the vocabulary of `artifex.scaling.axes`.
+
+    `inputs` says that it is a matrix inside the model, between vectors of features, and how many of its dims, those
+    before the outputs, are inputs. It is 0 for biases, tables, norms and convolutions, and for maps from data or to
+    predictions. Optimizers of matrices read it: `artifex.optim.inputs_of`.
+    """
     axes.check_names(names, value.shape, "parameter")
+    if not 0 <= inputs < max(len(names), 1):
+        raise ValueError(f"parameter {names} has {inputs} input dims; expected 0, or fewer than its {len(names)} dims")
     # eager_sharding off: a model is built, abstractly or not, without any mesh at hand
-    return nnx.Param(_strong(value), out_sharding=names, eager_sharding=False)
+    return nnx.Param(_strong(value), out_sharding=names, eager_sharding=False, inputs=inputs)
 
 
 class Buffer(nnx.Variable):
@@ -62,7 +69,8 @@ class Linear(nnx.Module):
     """y = x W + b over one or more trailing dims of x.
 
     `shape` is (*inputs, *outputs) with `inputs` many input dims; `names` names each. Weights start as a normal
-    distribution cut at two deviations, of variance `scale` / (product of the inputs); the bias starts at 0.
+    distribution cut at two deviations, of variance `scale` / (product of the inputs); the bias starts at 0. A map that
+    reads data, or puts out what the model predicts, is not `hidden`: see `parameter`.
     """
 
     def __init__(
@@ -73,12 +81,14 @@ class Linear(nnx.Module):
         inputs: int = 1,
         bias: bool = False,
         scale: float = 1.0,
+        hidden: bool = True,
         rngs: nnx.Rngs,
     ):
         self.inputs = inputs
         # 0.8796: the standard deviation of a unit normal cut at 2
         std = math.sqrt(scale / math.prod(shape[:inputs])) / 0.8796
-        self.kernel = parameter(std * jax.random.truncated_normal(rngs.params(), -2, 2, tuple(shape)), *names)
+        value = std * jax.random.truncated_normal(rngs.params(), -2, 2, tuple(shape))
+        self.kernel = parameter(value, *names, inputs=inputs if hidden else 0)
         self.bias = parameter(jnp.zeros(tuple(shape[inputs:])), *names[inputs:]) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:

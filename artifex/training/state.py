@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from artifex.config import Config
 from artifex.models.weights_config import section_of
-from artifex.optim import make_optimizer
+from artifex.optim import inputs_of, make_optimizer
 from artifex.scaling import placement
 from artifex.scaling.plan import Plan
 from artifex.training import freezing
@@ -104,7 +104,8 @@ def blueprint(config: Config, plan: Plan, mesh: Mesh) -> Blueprint:
     graphdef, trained, rest = nnx.split(abstract, nnx.Param, ...)
     names, buffer_names = placement.names_of(trained), placement.names_of(rest)
     frozen = frozen_of(config, trained)
-    optimizer = make_optimizer(config.optimizer, config.training.steps, freezing.split(names, frozen)[0])
+    of_trained = (freezing.split(tree, frozen)[0] for tree in (names, inputs_of(trained)))
+    optimizer = make_optimizer(config.optimizer, config.training.steps, *of_trained)
     state = jax.eval_shape(lambda: _fresh(config, optimizer, frozen))
     rules, whole = plan.rules, NamedSharding(mesh, PartitionSpec())
     place = functools.partial(placement.sharding, rules=rules, mesh=mesh)

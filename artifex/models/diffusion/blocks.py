@@ -33,7 +33,8 @@ class TimeEmbedding(nnx.Module):
 
     def __init__(self, frequencies: int, condition: int, *, cosine_first: bool = True, shift: int = 1, rngs: nnx.Rngs):
         self.frequencies, self.cosine_first, self.shift = frequencies, cosine_first, shift
-        self.first = layers.Linear((frequencies, condition), ("frequencies", "condition"), bias=True, rngs=rngs)
+        names = ("frequencies", "condition")
+        self.first = layers.Linear((frequencies, condition), names, bias=True, hidden=False, rngs=rngs)
         self.second = layers.Linear((condition, condition), ("condition", "condition"), bias=True, rngs=rngs)
 
     def __call__(self, t_B: jax.Array) -> jax.Array:
@@ -114,7 +115,7 @@ class Patches(nnx.Module):
         self.image, self.grid = (cfg.image_size, cfg.image_size, cfg.in_channels), grid or self.side
         names = ("kernel", "kernel", "conv_in", "embed")
         shape = (cfg.patch_size, cfg.patch_size, cfg.in_channels, cfg.embed_dim)
-        self.project = layers.Linear(shape, names, inputs=3, bias=True, rngs=rngs)
+        self.project = layers.Linear(shape, names, inputs=3, bias=True, hidden=False, rngs=rngs)
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         if x_BHWC.shape[1:] != self.image:
@@ -194,7 +195,7 @@ class Head(nnx.Module):
         self.norm = AdaptiveNorm(cfg.embed_dim, cfg.embed_dim, rngs=rngs)
         names = ("embed", "kernel", "kernel", "conv_out")
         shape = (cfg.embed_dim, cfg.patch_size, cfg.patch_size, cfg.out_channels)
-        self.project = layers.Linear(shape, names, bias=True, scale=0.0, rngs=rngs)
+        self.project = layers.Linear(shape, names, bias=True, scale=0.0, hidden=False, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array, c_BE: jax.Array) -> jax.Array:
         x_BHWC = unpatchify(self.project(self.norm(x_BTD, c_BE)))

@@ -58,7 +58,8 @@ class PooledEmbedding(nnx.Module):
     """second(silu(first(x))): the whole text's vector (B, pooled_dim) -> (B, condition)."""
 
     def __init__(self, features: int, condition: int, *, rngs: nnx.Rngs):
-        self.first = layers.Linear((features, condition), ("in_features", "condition"), bias=True, rngs=rngs)
+        names = ("in_features", "condition")
+        self.first = layers.Linear((features, condition), names, bias=True, hidden=False, rngs=rngs)
         self.second = layers.Linear((condition, condition), ("condition", "condition"), bias=True, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -73,7 +74,8 @@ class MMDiT(nnx.Module):
         self.patches = Patches(cfg, cfg.position_grid, rngs=rngs)
         self.time = TimeEmbedding(FREQUENCIES, cfg.embed_dim, shift=0, rngs=rngs)
         self.pooled = PooledEmbedding(cfg.pooled_dim, cfg.embed_dim, rngs=rngs)
-        self.context = layers.Linear((cfg.context_dim, cfg.embed_dim), ("context", "embed"), bias=True, rngs=rngs)
+        shape, names = (cfg.context_dim, cfg.embed_dim), ("context", "embed")
+        self.context = layers.Linear(shape, names, bias=True, hidden=False, rngs=rngs)
         self.layers = stack(lambda rngs: JointBlock(cfg, rngs=rngs), cfg.num_layers - 1, rngs)
         self.last = LastBlock(cfg, rngs=rngs)
         self.head = Head(cfg, rngs=rngs)

@@ -113,7 +113,7 @@ class Decoder(nnx.Module):
         self.layers = stack(lambda rngs: repeated(cfg, rngs), cfg.num_groups, rngs)
         self.norm = stream_norm(cfg)
         if not cfg.tied_head:
-            self.head = layers.Linear((cfg.embed_dim, cfg.vocab_size), ("embed", "vocab"), rngs=rngs)
+            self.head = layers.Linear((cfg.embed_dim, cfg.vocab_size), ("embed", "vocab"), hidden=False, rngs=rngs)
 
     def __call__(self, tokens_BT: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Logits (B, T, V), float32. Raises `ValueError` for sequences longer than the model's."""

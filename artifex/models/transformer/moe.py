@@ -39,7 +39,8 @@ class ExpertLinear(nnx.Module):
 
     def __init__(self, shape: tuple[int, int, int], names: tuple[str, str, str], *, scale: float, rngs: nnx.Rngs):
         std = math.sqrt(scale / shape[1]) / 0.8796
-        self.kernel = layers.parameter(std * jax.random.truncated_normal(rngs.params(), -2, 2, shape), *names)
+        value = std * jax.random.truncated_normal(rngs.params(), -2, 2, shape)
+        self.kernel = layers.parameter(value, *names, inputs=1)
 
 
 class MoE(nnx.Module):
@@ -57,7 +58,7 @@ class MoE(nnx.Module):
         self.cfg = cfg
         E, D, F = cfg.num_experts, cfg.embed_dim, cfg.expert_mlp_dim or cfg.feed_forward
         # a tenth of the usual variance: Fedus et al. 2021 (arXiv:2101.03961), section 2.4
-        self.router = layers.Linear((D, E), ("embed", "experts"), scale=0.1, rngs=rngs)
+        self.router = layers.Linear((D, E), ("embed", "experts"), scale=0.1, hidden=False, rngs=rngs)
         wide = ("experts", "embed", "expert_mlp")
         self.gate = ExpertLinear((E, D, F), wide, scale=1.0, rngs=rngs)
         self.up = ExpertLinear((E, D, F), wide, scale=1.0, rngs=rngs)

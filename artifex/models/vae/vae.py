@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,10 +127,12 @@ class VAE(nnx.Module):
         self.encoder = ConvEncoder(*sizes, rngs=rngs)
         side, width = cfg.image_size >> len(cfg.block_channels), cfg.block_channels[-1]
         grid, names = (side, side, width), ("kernel", "kernel", "conv_in")
-        self.mean = Linear((*grid, cfg.latent_dim), (*names, "latent"), inputs=3, bias=True, rngs=rngs)
-        self.logvar = Linear((*grid, cfg.latent_dim), (*names, "latent"), inputs=3, bias=True, rngs=rngs)
+        # of what the encoder predicts and the decoder reads: not hidden
+        ends: dict[str, Any] = {"bias": True, "hidden": False, "rngs": rngs}
+        self.mean = Linear((*grid, cfg.latent_dim), (*names, "latent"), inputs=3, **ends)
+        self.logvar = Linear((*grid, cfg.latent_dim), (*names, "latent"), inputs=3, **ends)
         names = ("kernel", "kernel", "conv_out")
-        self.expand = Linear((cfg.latent_dim, *grid), ("latent", *names), bias=True, rngs=rngs)
+        self.expand = Linear((cfg.latent_dim, *grid), ("latent", *names), **ends)
         self.decoder = ConvDecoder(*sizes, rngs=rngs)
         self.likelihood = (
             Gaussian(cfg.channels, cfg.levels, cfg.gaussian_std) if cfg.likelihood == "gaussian" else Bernoulli()
