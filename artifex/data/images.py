@@ -116,8 +116,7 @@ def load_images(
     Where no split is published, an image is held out if a hash of its name, or in an array of its index, falls in
     `validation_fraction`. Colours become grey by their luma, and grey is repeated, as `channels` (1 or 3) asks.
     `labels` False leaves labels out. `corrupt`: whether files that are no images end in an error or are skipped and
-    counted; what only decoding can tell is an error when that image is drawn. `settings`: what the corpus's `changes`
-    call the arguments `image_size`, `channels` and `corrupt`, where a configuration has other names.
+    counted; what only decoding can tell is an error when it is drawn. `settings`: other names of arguments, for lines.
 
     Raises `ValueError` for what is missing, unreadable, damaged, forged or of another size, and `ImportError` with the
     command to install what a source needs.
