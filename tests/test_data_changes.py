@@ -41,7 +41,7 @@ def test_every_thing_that_is_done_to_pictures_is_a_line_with_the_setting_that_ch
         "3 images in colour became grey (model.channels=3 keeps the colour)",
     ]
     assert lines(tmp_path)[2] == "2 images in grey got three equal channels (model.channels=1 where all are grey)"
-    assert lines(tmp_path, settings=None)[0].endswith("(image_size is 8)")
+    assert lines(tmp_path, settings={})[0].endswith("(image_size is 8)")
 
     other = tmp_path / "other"
     picture(other / "clear.png", 8, 8, "RGBA")

@@ -18,25 +18,23 @@ class Header(NamedTuple):
     turned: bool  # by its EXIF orientation
 
 
-def file_changes(
-    headers: Sequence[Header], image_size: int, channels: int, settings: Mapping[str, str] | None = None
-) -> list[str]:
+def file_changes(headers: Sequence[Header], image_size: int, channels: int, settings: Mapping[str, str]) -> list[str]:
     """A line for each thing that makes pictures of files differ from what was stored.
 
     `settings`: what a line calls the arguments `image_size` and `channels`, where a configuration has other names.
     """
-    of, lines = settings or {}, []
+    lines = []
     resized = [header for header in headers if (header.width, header.height) != (image_size, image_size)]
     if resized:
         smallest, largest = (choose(resized, key=lambda h: h.width * h.height) for choose in (min, max))
         sizes = list(dict.fromkeys(f"{header.width} x {header.height}" for header in (smallest, largest)))
-        setting = f"{of.get('image_size', 'image_size')} is {image_size}"
+        setting = f"{settings.get('image_size', 'image_size')} is {image_size}"
         lines.append(f"{_images(len(resized))} of {' to '.join(sizes)} became {image_size} x {image_size} ({setting})")
     cut = [header for header in headers if header.width != header.height]
     if cut:
         lines.append(f"{_images(len(cut))} cut to the middle square (store squares to keep what lies outside)")
     lines += channel_changes(
-        sum(header.colour for header in headers), sum(not header.colour for header in headers), channels, of
+        sum(header.colour for header in headers), sum(not header.colour for header in headers), channels, settings
     )
     for chosen, what in (
         ([header for header in headers if header.transparent], "with transparency laid on white"),
@@ -48,9 +46,9 @@ def file_changes(
     return lines
 
 
-def channel_changes(coloured: int, grey: int, channels: int, settings: Mapping[str, str] | None = None) -> list[str]:
+def channel_changes(coloured: int, grey: int, channels: int, settings: Mapping[str, str]) -> list[str]:
     """The line on colours that became grey, or grey that was repeated."""
-    setting = (settings or {}).get("channels", "channels")
+    setting = settings.get("channels", "channels")
     if channels == 1 and coloured:
         return [f"{_images(coloured)} in colour became grey ({setting}=3 keeps the colour)"]
     if channels == 3 and grey:

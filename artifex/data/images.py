@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -31,6 +32,7 @@ from artifex.data.image_sources import (
 _MOST_CLASSES = 65_536
 _HASHED_WHOLE = 2**30  # bytes; of larger arrays 1,024 images are hashed
 _SAMPLED = 1024
+_AS_HERE: Mapping[str, str] = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,7 +100,7 @@ def load_images(
     labels: bool = True,
     validation_fraction: float = 0.05,
     corrupt: Literal["refuse", "skip"] = "refuse",
-    settings: Mapping[str, str] | None = None,
+    settings: Mapping[str, str] = _AS_HERE,
 ) -> ImageCorpus:
     """Read `source` and split it into training and validation.
 
@@ -133,19 +135,19 @@ def load_images(
         read = read._replace(labels=None, held_out_labels=None)
     kept, headers, skipped = _whole_files(read.images, corrupt)
     if read.held_out is None:
-        chosen = _split(name, _names(read.images), kept, validation_fraction)
-        parts = [(read.images, which, read.labels) for which in chosen]
+        both = _split(name, _names(read.images), kept, validation_fraction)
+        parts = [(read.images, chosen, read.labels) for chosen in both]
     else:
         held_out, held_out_headers, held_out_skipped = _whole_files(read.held_out, corrupt)
         headers, skipped = headers + held_out_headers, skipped + held_out_skipped
         parts = [(read.images, kept, read.labels), (read.held_out, held_out, read.held_out_labels)]
-    settings = settings or {}
     _check_sizes(name, [pixels for pixels, *_ in parts], image_size, settings.get("image_size", "image_size"))
     class_names = _check_labels(name, parts, read.class_names)
     train, validation = (
         ImageSplit(pixels, chosen, _chosen_labels(of_all, chosen), image_size, channels)
         for pixels, chosen, of_all in parts
     )
+    header = repr((image_size, channels, read.levels, class_names, tuple(header.size for header in headers)))
     return ImageCorpus(
         name,
         train,
@@ -154,13 +156,10 @@ def load_images(
         channels,
         read.levels,
         class_names,
-        _hash(
-            repr((image_size, channels, read.levels, class_names, tuple(header.size for header in headers))),
-            (train, validation),
-        ),
+        _hash(header, (train, validation)),
         skipped,
         read.ignored,
-        (*read.changes, *_changes(train, validation, headers, skipped, read.ignored, settings)),
+        read.changes + _changes(train, validation, headers, skipped, read.ignored, settings),
     )
 
 
@@ -238,7 +237,7 @@ def _changes(
     skipped: Sequence[str],
     ignored: Sequence[str],
     settings: Mapping[str, str],
-) -> list[str]:
+) -> tuple[str, ...]:
     """How the images differ from what is stored, and which files were left out."""
     if isinstance(train.pixels, ImageFiles):
         lines = file_changes(headers, train.image_size, train.channels, settings)
@@ -251,7 +250,7 @@ def _changes(
     files = len(headers) + len(skipped)
     how = f"{settings.get('corrupt', 'corrupt')}=refuse stops at them"
     lines += left_out(skipped, files, "unreadable as images", how)
-    return lines + left_out(ignored, files + len(ignored), "neither PNG nor JPEG")
+    return (*lines, *left_out(ignored, files + len(ignored), "neither PNG nor JPEG"))
 
 
 def _names(images: np.ndarray | ImageFiles) -> Sequence[str]:
