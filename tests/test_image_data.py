@@ -80,6 +80,7 @@ def test_some_classes_are_numbered_anew_and_what_was_held_out_stays_held_out():
     whole = load_images("digits", image_size=8, channels=1, validation_fraction=0.3)
     some = only_classes(whole, (7, 2))
     assert (some.class_names, some.num_classes) == (("7", "2"), 2) and some.fingerprint != whole.fingerprint
+    assert some.source == whole.source and some.changes[-1] == "classes 0, 1, 3, 4, 5, 6, 8, 9 left out (data.classes)"
     for part, of in ((some.train, whole.train), (some.validation, whole.validation)):
         kept = [i for i in range(len(of)) if of.labels[i] in (7, 2)]
         np.testing.assert_array_equal(part.labels, [(7, 2).index(of.labels[i]) for i in kept])

@@ -175,6 +175,7 @@ def only_classes(corpus: ImageCorpus, classes: Sequence[int]) -> ImageCorpus:
             f"data.classes names {max(classes)}, but the classes of {corpus.source} are 0 to {corpus.num_classes - 1}"
         )
     names = tuple(corpus.class_names[place] for place in classes)
+    others = [name for place, name in enumerate(corpus.class_names) if place not in classes]
     number = np.full(corpus.num_classes, -1, np.int32)
     number[list(classes)] = np.arange(len(classes))
 
@@ -187,10 +188,10 @@ def only_classes(corpus: ImageCorpus, classes: Sequence[int]) -> ImageCorpus:
 
     return dataclasses.replace(
         corpus,
-        source=f"{corpus.source}, of it {', '.join(names)}",
         train=part(corpus.train),
         validation=part(corpus.validation),
         class_names=names,
+        changes=(*corpus.changes, f"classes {', '.join(others)} left out (data.classes)"),
         fingerprint=hashlib.sha256(f"{corpus.fingerprint} {tuple(classes)}".encode()).hexdigest(),
     )
 
