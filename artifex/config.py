@@ -112,7 +112,7 @@ class TrainingConfig(Section):
         description="how attention is computed; 'auto': cudnn on a GPU in bfloat16, tiles on a CPU, else xla",
     )
     ema_decay: float | None = Field(
-        default=None, gt=0, lt=1, description="of a running mean of the parameters, 0 to 1; none is off"
+        default=None, gt=0, lt=1, description="of a running mean of parameters and codebooks, 0 to 1; none is off"
     )
     validate_every: Int = Field(
         default=200, ge=0, description="steps from one validation to the next; 0 validates at the end alone"

@@ -301,7 +301,7 @@ def dry_run(config: Config) -> str:
     if jax.tree.leaves(blue.state.buffers):
         lines.append(f"  buffers           {size_text(bytes_on_device(blue.state.buffers))}")
     if blue.state.ema is not None:
-        lines.append(f"  average           {size_text(bytes_on_device(blue.state.ema))}")
+        lines.append(f"  average           {size_text(bytes_on_device((blue.state.ema, blue.state.ema_buffers)))}")
     lines.append(f"  the step's own    {size_text(used.temp_size_in_bytes)}  (gradients and activations, by XLA)")
     lines.append(f"  in all            {size_text(whole)}")
     return "\n".join(lines)

@@ -105,7 +105,7 @@ def test_an_autoencoders_run_shows_its_reconstructions(kl):
 
 
 def test_resuming_is_bitwise_with_a_codebook_that_no_gradient_reaches(tmp_path):
-    cfg = config({"name": "vq-digits", "block_channels": [8], "groups": 4, "codes": 8, "latent_dim": 4})
+    cfg = config({"name": "vq-digits", "block_channels": [8], "groups": 4, "codes": 8, "latent_dim": 4}, ema_decay=0.5)
     train.train(cfg, tmp_path / "whole")
     cfg.training.steps = 2
     train.train(cfg, tmp_path / "parts")
@@ -115,6 +115,13 @@ def test_resuming_is_bitwise_with_a_codebook_that_no_gradient_reaches(tmp_path):
     assert jax.tree.leaves(whole.buffers)
     jax.tree.map(np.testing.assert_array_equal, whole.params, parts.params)
     jax.tree.map(np.testing.assert_array_equal, whole.buffers, parts.buffers)
+    jax.tree.map(np.testing.assert_array_equal, whole.ema_buffers, parts.ema_buffers)
+    # what samples, from the run or its weights, has the averages: of the encoder, and of the codebook that fits it
+    for found in (sample.load(tmp_path / "parts"), from_pretrained(tmp_path / "parts" / "weights")):
+        tree = nnx.to_pure_dict(nnx.state(found))
+        np.testing.assert_array_equal(tree["quantizer"]["sums"], whole.ema_buffers["quantizer"]["sums"])
+        np.testing.assert_array_equal(tree["project"]["kernel"], whole.ema["project"]["kernel"])
+        assert (tree["quantizer"]["sums"] != whole.buffers["quantizer"]["sums"]).any()
 
 
 def test_the_frozen_autoencoder_is_the_trained_one_and_stays_it(kl, tmp_path):

@@ -143,6 +143,31 @@ def test_average_of_weights_follows_its_recurrence():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.ema, average)
 
 
+def test_validation_of_averaged_weights_has_the_averages_of_statistics():
+    sections = {
+        "model": {"name": "vq-digits", "block_channels": [8], "groups": 4, "codes": 16, "latent_dim": 4},
+        "data": {"source": "digits"},
+        "training": TRAINING | {"ema_decay": 0.9},
+        "optimizer": {"name": "adamw", "learning_rate": 3e-3, "warmup_steps": 2},
+    }
+    blue, step = built(json.dumps(Config.from_dict(sections).to_dict()), 1)
+    data = {"image": np.random.default_rng(0).uniform(-1, 1, (8, 8, 8, 1)).astype(np.float32)}
+    state = blue.init()
+    average = jax.device_get(state.buffers["quantizer"])
+    for index in range(3):
+        state, _ = step(state, data)
+        k = min(0.9, (1 + index) / (10 + index))
+        latest = jax.device_get(state.buffers["quantizer"])
+        average = {name: k * average[name] + (1 - k) * latest[name] for name in average}
+    quantizer = blue.model(state).quantizer
+    np.testing.assert_allclose(quantizer.counts[...], average["counts"], rtol=1e-5)
+    entries = average["sums"] / average["counts"][:, None]
+    np.testing.assert_allclose(quantizer.codebook, entries, rtol=1e-3, atol=1e-4)
+    # and so has the compiled evaluation
+    codes = np.asarray(blue.model(state).encode(data["image"]).codes)
+    assert float(make_evaluate(blue)(state, data)["codes_used"]) == 8 * len(np.unique(codes))
+
+
 def test_dropout_is_drawn_from_the_states_key_and_the_step():
     cfg = config(model={"dropout": 0.2})
     blue, step = built(json.dumps(cfg.to_dict()), 1)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from artifex.models.vae.config import VQConfig
-from artifex.models.vae.quantizers import FiniteScalarQuantizer, VectorQuantizer, perplexity
+from artifex.models.vae.quantizers import FiniteScalarQuantizer, VectorQuantizer, candidates, perplexity
 
 SMALL = VQConfig(image_size=8, channels=1, block_channels=(16,), residual_blocks=1, codes=12, latent_dim=4)
 CONFIGS = {"vq": SMALL, "fsq": dataclasses.replace(SMALL, quantizer="fsq", fsq_levels=(4, 3, 2))}
@@ -53,8 +53,7 @@ def test_the_codebook_is_the_running_k_means_of_what_chose_it():
     model, decay = quantizer(), 0.9
     codebook = np.random.default_rng(0).normal(size=(5, 3))
     counts, sums = np.ones(5), codebook.copy()
-    state = {"codebook": codebook, "counts": counts, "sums": sums}
-    nnx.update(model, {name: jnp.asarray(value, jnp.float32) for name, value in state.items()})
+    nnx.update(model, {"counts": jnp.asarray(counts, jnp.float32), "sums": jnp.asarray(sums, jnp.float32)})
     for seed in (1, 2, 3):
         z = np.float64(vectors(seed)).reshape(-1, 3)
         choice = [int(np.argmin([np.sum((one - entry) ** 2) for entry in codebook])) for one in z]
@@ -66,13 +65,33 @@ def test_the_codebook_is_the_running_k_means_of_what_chose_it():
         out, model = quantized(model, vectors(seed), jnp.ones(4), jax.random.key(seed))
         np.testing.assert_array_equal(np.ravel(out.codes), choice)
         np.testing.assert_allclose(model.counts[...], counts, rtol=1e-5)
-        np.testing.assert_allclose(model.codebook[...], codebook, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(model.codebook, codebook, rtol=1e-3, atol=1e-4)
+
+
+def test_averaged_counts_and_sums_are_the_codebook_of_an_averaged_encoder():
+    """An encoder that drifts: its average gives the average of its vectors, whose k-means the averaged codebook is."""
+    model, base = quantizer(codes=2, decay=0.0), vectors(5)
+    base = base.at[:2].add(20.0)
+    start = jnp.stack([jnp.mean(base[:2], (0, 1, 2)), jnp.mean(base[2:], (0, 1, 2))])
+    nnx.update(model, {"counts": jnp.full(2, 12.0), "sums": 12 * start})
+    z = np.asarray(base)
+    average = {"z": z, "counts": np.full(2, 12.0, np.float32), "sums": 12 * np.asarray(start)}
+    for step in range(40):
+        z = np.asarray(base) + 0.1 * step
+        _, model = quantized(model, jnp.asarray(z), jnp.ones(4), jax.random.key(step))
+        latest = {"z": z, "counts": np.asarray(model.counts[...]), "sums": np.asarray(model.sums[...])}
+        average = {name: 0.9 * average[name] + 0.1 * latest[name] for name in average}
+    newest = np.asarray(model.codebook)
+    nnx.update(model, {name: jnp.asarray(average[name]) for name in ("counts", "sums")})
+    means = [average["z"][:2].mean((0, 1, 2)), average["z"][2:].mean((0, 1, 2))]
+    np.testing.assert_allclose(model.codebook, means, rtol=1e-4, atol=1e-4)
+    assert np.abs(newest - means).min() > 0.5
 
 
 def test_the_first_batch_starts_the_codebook_at_its_own_vectors():
     z = vectors(0)
     out, model = quantized(quantizer(decay=0.999), z, jnp.ones(4), jax.random.key(0))
-    entries, pool = np.asarray(model.codebook[...]), np.asarray(z).reshape(-1, 3)
+    entries, pool = np.asarray(model.codebook), np.asarray(z).reshape(-1, 3)
     distances = np.abs(entries[:, None] - pool[None]).max(axis=-1).min(axis=-1)
     assert distances.max() < 0.01  # moved by a thousandth since
     assert len(np.unique(np.asarray(out.codes))) == 5
@@ -80,20 +99,39 @@ def test_the_first_batch_starts_the_codebook_at_its_own_vectors():
 
 def test_unused_codes_are_replaced_by_vectors_of_the_batch_and_used_ones_stay():
     model = quantizer(revive_below=0.1)
-    start = {
-        "codebook": jnp.array([[0.0] * 3, [1.0] * 3, [50.0] * 3, [60.0] * 3, [-1.0] * 3]),
-        "counts": jnp.array([5.0, 5.0, 0.01, 0.02, 5.0]),
-    }
-    nnx.update(model, start | {"sums": start["codebook"] * start["counts"][:, None]})
+    start, counts = jnp.array([[0.0] * 3, [1.0] * 3, [50.0] * 3, [60.0] * 3, [-1.0] * 3]), [5.0, 5.0, 0.01, 0.02, 5.0]
+    nnx.update(model, {"counts": jnp.array(counts), "sums": start * jnp.array(counts)[:, None]})
     z, weights = vectors(3).at[3].set(99.0), jnp.array([1.0, 1.0, 1.0, 0.0])
     again = nnx.clone(model)
     _, model = quantized(model, z, weights, jax.random.key(0))
-    codebook = np.asarray(model.codebook[...])
+    codebook = np.asarray(model.codebook)
     assert np.abs(codebook).max() < 5, "neither the far entries nor a row that fills up the batch"
-    kept = np.asarray(start["codebook"])[[0, 1, 4]]
+    kept = np.asarray(start)[[0, 1, 4]]
     assert np.abs(codebook[[0, 1, 4]] - kept).max() < 0.5
     _, again = quantized(again, z, weights, jax.random.key(0))
-    np.testing.assert_array_equal(again.codebook[...], codebook)
+    np.testing.assert_array_equal(again.codebook, codebook)
+
+
+@pytest.mark.parametrize("count", [3, 8, 30])
+def test_candidates_are_any_vectors_of_images_that_count_and_no_two_the_same(count):
+    there = jnp.array([False, True, True, False, True, False])
+    allowed = np.array([4, 5, 6, 7, 8, 9, 10, 11, 16, 17, 18, 19])
+    draw = jax.jit(jax.vmap(lambda key: candidates(key, there, 4, count)))
+    found = np.asarray(draw(jax.random.split(jax.random.key(0), 3_000)))
+    assert found.shape == (3_000, count) and set(found.ravel()) == set(allowed)
+    for row in found[:100]:
+        assert len(set(row)) == min(count, len(allowed))
+    for column in found.T[: len(allowed)]:
+        shares = np.bincount(column, minlength=24)[allowed] / 3_000
+        np.testing.assert_allclose(shares, 1 / 12, atol=4.5 * np.sqrt(1 / 12 / 3_000))
+
+
+def test_a_batch_without_images_leaves_the_codebook_alone():
+    model = quantizer(revive_below=0.1)
+    _, model = quantized(model, vectors(0), jnp.ones(4), jax.random.key(0))
+    before = np.asarray(model.codebook)
+    _, model = quantized(model, vectors(1), jnp.zeros(4), jax.random.key(1))
+    np.testing.assert_allclose(model.codebook, before, rtol=1e-4)
 
 
 @pytest.mark.parametrize("used", [1, 3, 8])

@@ -40,16 +40,23 @@ def parameter(value: jax.Array, *names: str, inputs: int = 0) -> nnx.Param:
 
 
 class Buffer(nnx.Variable):
-    """State that no gradient reaches: a codebook that follows a running mean, a frozen weight.
+    """State that no gradient reaches: a running mean, a frozen weight.
 
     A model that changes one does so in `loss` with `rngs` given; training carries the new value to the next step.
     """
 
 
-def buffer(value: jax.Array, *names: str) -> Buffer:
-    """A `Buffer` whose metadata names each dim of `value`, as `parameter` does."""
-    axes.check_names(names, value.shape, "buffer")
-    return Buffer(_strong(value), out_sharding=names, eager_sharding=False)
+class Statistic(Buffer):
+    """A `Buffer` of running sums, from which the model derives what goes with its parameters: a codebook, a frequency.
+
+    A run that averages its parameters averages these by the same decay: sums over a longer time, which fit them.
+    """
+
+
+def statistic(value: jax.Array, *names: str) -> Statistic:
+    """A `Statistic` whose metadata names each dim of `value`, as `parameter` does."""
+    axes.check_names(names, value.shape, "statistic")
+    return Statistic(_strong(value), out_sharding=names, eager_sharding=False)
 
 
 def freeze(module: nnx.Module) -> nnx.Module:

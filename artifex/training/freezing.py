@@ -48,12 +48,12 @@ def split(tree: Tree, frozen: frozenset[str], under: str = "") -> tuple[Tree, Tr
 
 
 def join(trained: Tree, held: Tree) -> Tree:
-    """The whole tree again: the inverse of `split`."""
+    """The whole tree again, the inverse of `split`; a leaf that both have is that of `held`."""
     if not held:
         return trained
     joined = dict(trained)
     for key, node in held.items():
-        joined[key] = join(joined[key], node) if key in joined else node
+        joined[key] = join(joined[key], node) if key in joined and isinstance(node, Mapping) else node
     return joined
 
 

@@ -1,7 +1,7 @@
 """A saved run opened again, in one call: its model and its state, under any mesh and any strategy.
 
 restored = artifex.restore("runs/quickstart", mesh={"fsdp": 4, "tensor": 2})
-restored.model.sample(jax.random.key(0), num_tokens=100)
+restored.state.params  # every array in its shards
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from artifex.scaling.checkpoints import CheckpointError, Checkpoints
 from artifex.scaling.mesh_utils import create_device_mesh
 from artifex.scaling.plan import Plan
 from artifex.scaling.strategies import combine, strategies_for
+from artifex.training.freezing import join
 from artifex.training.state import Blueprint, TrainState, blueprint
 
 
@@ -63,8 +64,7 @@ def restore(
     blue = _blueprint(saved, mesh, strategy)
     with Checkpoints(saved.folder) as checkpoints:
         state = checkpoints.restore(saved.step, blue.state)
-    weights = state.weights if average else state.params
-    model = nnx.merge(blue.graphdef, weights, state.buffers)
+    model = blue.model(state) if average else nnx.merge(blue.graphdef, state.params, state.buffers)
     return Restored(model, state, saved.config, saved.step, blue.mesh)
 
 
@@ -75,6 +75,8 @@ def restore_model(path: str | os.PathLike[str], step: int | None = None) -> Any:
     with Checkpoints(saved.folder) as checkpoints:
         weights = checkpoints.restore(saved.step, blue.state.weights, under=saved.weights)
         buffers = blue.state.buffers and checkpoints.restore(saved.step, blue.state.buffers, under="buffers")
+        if blue.state.ema_buffers:
+            buffers = join(buffers, checkpoints.restore(saved.step, blue.state.ema_buffers, under="ema_buffers"))
     return nnx.merge(blue.graphdef, weights, buffers)
 
 

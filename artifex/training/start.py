@@ -25,7 +25,7 @@ from artifex.scaling import manifest
 from artifex.scaling.checkpoints import Checkpoints
 from artifex.training.frozen import fresh_state
 from artifex.training.restore import SavedStep, find_step
-from artifex.training.state import Blueprint, TrainState, frozen_of
+from artifex.training.state import Blueprint, TrainState, frozen_of, within
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]  # by path, "embed/table"
 
@@ -89,8 +89,9 @@ def start_state(blue: Blueprint) -> tuple[TrainState, list[str]]:
     arrays = {found.under + path: array for path, array in found.source.read(wanted).items()}
     state.params, state.buffers = replaced(state.params, arrays), replaced(state.buffers, arrays)
     if state.ema is not None:
-        copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=blue.shardings.ema)
-        state.ema = copy(state.params)
+        shardings = (blue.shardings.ema, blue.shardings.ema_buffers)
+        copy = jax.jit(lambda trees: jax.tree.map(jnp.copy, trees), out_shardings=shardings)
+        state.ema, state.ema_buffers = copy((state.params, within(state.buffers, state.ema_buffers)))
     numbers = sum(math.prod(leaf.shape) for leaf in wanted.values())
     lines = [f"started from {start_from}: {len(wanted)} arrays, {numbers:,} numbers", *found.notes]
     return state, [*lines, *(f"fresh, not from {start_from}: {line}" for line in found.fresh)]
@@ -155,10 +156,10 @@ def open_source(where: str) -> Source:
 
 
 def _of_run(saved: SavedStep) -> Source:
-    parts = (saved.weights, "buffers")
+    parts = (saved.weights, "buffers", "ema_buffers")  # where the last has an array, it is the one to take
     with Checkpoints(saved.folder) as checkpoints:
         stored = checkpoints.arrays(saved.step)
-    where = {path.partition("/")[2]: path for path in stored if path.partition("/")[0] in parts}
+    where = {path.partition("/")[2]: path for part in parts for path in stored if path.partition("/")[0] == part}
 
     def read(wanted: Shapes) -> dict[str, jax.Array]:
         got: dict[str, jax.Array] = {}

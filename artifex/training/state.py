@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from artifex.config import Config
+from artifex.models.layers import Statistic
 from artifex.models.weights_config import section_of
 from artifex.optim import inputs_of, make_optimizer
 from artifex.scaling import placement
@@ -32,15 +33,21 @@ class TrainState:
 
     step: Any  # int32, updates made
     params: Any  # nested dicts, the trained part of the model's canonical tree, float32
-    buffers: Any  # the rest of that tree: codebooks that follow a mean, frozen weights; often empty
+    buffers: Any  # the rest of that tree: running means, frozen weights; often empty
     optimizer: Any  # optax state
-    ema: Any  # like params, or None
+    ema: Any  # averages, like params, or None
+    ema_buffers: Any  # averages of those buffers that are statistics, or None
     key: Any  # uint32 key data; folded with the step, so it never changes
 
     @property
     def weights(self) -> Any:
         """What validation, samples and exports use: the average where there is one, else the parameters."""
         return self.params if self.ema is None else self.ema
+
+    @property
+    def weights_buffers(self) -> Any:
+        """The buffers that go with `weights`: an averaged encoder needs the codebook of its own time."""
+        return self.buffers if self.ema_buffers is None else freezing.join(self.buffers, self.ema_buffers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +79,7 @@ class Blueprint:
 
     def model(self, state: TrainState) -> Any:
         """The model with the weights that validation, samples and exports use."""
-        return nnx.merge(self.graphdef, state.weights, state.buffers)
+        return nnx.merge(self.graphdef, state.weights, state.weights_buffers)
 
     def tree(self, state: TrainState) -> Any:
         """The canonical tree of these weights: parameters and buffers in one nested dict."""
@@ -98,6 +105,11 @@ class Blueprint:
         }
 
 
+def within(tree: Any, part: Any) -> Any:
+    """The leaves of nested dicts `tree` at the places that `part` has."""
+    return {key: within(tree[key], below) if isinstance(below, dict) else tree[key] for key, below in part.items()}
+
+
 def blueprint(config: Config, plan: Plan, mesh: Mesh) -> Blueprint:
     """Build the model and its state abstractly and place every array by the plan's rules."""
     abstract = nnx.eval_shape(lambda: config.model.spec().build(nnx.Rngs(0)))
@@ -115,6 +127,13 @@ def blueprint(config: Config, plan: Plan, mesh: Mesh) -> Blueprint:
         buffers=jax.tree.map(functools.partial(place, table=rules.params), state.buffers, state.buffers, buffer_names),
         optimizer=_place_optimizer(state, names, functools.partial(place, table=rules.optimizer), whole),
         ema=state.ema and jax.tree.map(functools.partial(place, table=rules.optimizer), state.ema, state.params, names),
+        ema_buffers=state.ema_buffers
+        and jax.tree.map(
+            functools.partial(place, table=rules.optimizer),
+            state.ema_buffers,
+            state.ema_buffers,
+            within(buffer_names, state.ema_buffers),
+        ),
         key=whole,
     )
     _check_no_axis_idle(config, plan, placed.params, names)
@@ -153,11 +172,14 @@ def _is_names(node: Any) -> bool:
 
 def _fresh(config: Config, optimizer: optax.GradientTransformation, frozen: frozenset[str]) -> TrainState:
     weights, noise = jax.random.split(jax.random.key(config.training.seed))
-    _, *parts = nnx.split(config.model.spec().build(nnx.Rngs(weights)), nnx.Param, ...)
-    params, buffers = map(nnx.to_pure_dict, parts)
-    ema = None if config.training.ema_decay is None else jax.tree.map(jnp.copy, params)
+    model = config.model.spec().build(nnx.Rngs(weights))
+    params, buffers = map(nnx.to_pure_dict, nnx.split(model, nnx.Param, ...)[1:])
+    ema = ema_buffers = None
+    if config.training.ema_decay is not None:
+        statistics = nnx.to_pure_dict(nnx.state(model, Statistic))
+        ema, ema_buffers = jax.tree.map(jnp.copy, (params, statistics))
     moments = optimizer.init(freezing.split(params, frozen)[0])
-    return TrainState(jnp.int32(0), params, buffers, moments, ema, jax.random.key_data(noise))
+    return TrainState(jnp.int32(0), params, buffers, moments, ema, ema_buffers, jax.random.key_data(noise))
 
 
 def _place_optimizer(state: TrainState, names: Any, place: Callable, whole: NamedSharding) -> Any:

@@ -16,7 +16,7 @@ from artifex.models.stack import Execution, execution
 from artifex.optim import make_schedule
 from artifex.scaling.axes import activation_rules
 from artifex.training.freezing import join
-from artifex.training.state import Blueprint, TrainState
+from artifex.training.state import Blueprint, TrainState, within
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -57,20 +57,22 @@ def make_step(blue: Blueprint) -> Callable[[TrainState, Batch], tuple[TrainState
         trained, held = blue.split(state.params)
         updates, optimizer = blue.optimizer.update(grads, state.optimizer, trained)
         trained = optax.apply_updates(trained, updates)
-        ema = state.ema
+        ema, ema_buffers = state.ema, state.ema_buffers
         if decay is not None:
             # warms up as (1 + t) / (10 + t), so that the average forgets the random start
             t = state.step.astype(jnp.float32)
             kept = jnp.minimum(decay, (1 + t) / (10 + t))
-            averages, _ = blue.split(ema)
-            averages = jax.tree.map(lambda average, new: kept * average + (1 - kept) * new, averages, trained)
-            ema = join(averages, held)
+            averages = (blue.split(ema)[0], ema_buffers)
+            latest = (trained, within(buffers, ema_buffers))
+            average, ema_buffers = jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, averages, latest)
+            ema = join(average, held)
         metrics = metrics | {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        return TrainState(state.step + 1, join(trained, held), buffers, optimizer, ema, state.key), metrics
+        params = join(trained, held)
+        return TrainState(state.step + 1, params, buffers, optimizer, ema, ema_buffers, state.key), metrics
 
     whole = NamedSharding(blue.mesh, PartitionSpec())
     # pinned: XLA would change the layout of some outputs, and a resumed run would no longer be bitwise equal
@@ -121,7 +123,7 @@ def make_evaluate(blue: Blueprint) -> Callable[..., Metrics]:
     """`evaluate(state, batch, index=0)`: `weight`, and `loss` and every metric times it, so that batches add up.
 
     `index` counts the batches, each of which has noise of its own. Compiled on first use; the weights are
-    `state.weights`.
+    `state.weights`, with the buffers that go with them.
     """
     loss = make_loss(blue)
 
@@ -131,4 +133,4 @@ def make_evaluate(blue: Blueprint) -> Callable[..., Metrics]:
         return {name: value * weight for name, value in (metrics | {"loss": mean}).items()} | {"weight": weight}
 
     compiled = jax.jit(evaluate)
-    return lambda state, batch, index=0: compiled(state.weights, state.buffers, batch, np.int32(index))
+    return lambda state, batch, index=0: compiled(state.weights, state.weights_buffers, batch, np.int32(index))

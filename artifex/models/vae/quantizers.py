@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from artifex.models.layers import buffer
+from artifex.models.layers import statistic
 
 SMOOTHING = 1e-5  # Laplace's, in uses of a code
 EDGE = 1e-3  # FSQ's tanh reaches this fraction beyond the outermost levels, so that they are more than limits
@@ -48,55 +48,75 @@ class VectorQuantizer(nnx.Module):
     N_k <- g N_k + (1 - g) n_k, M_k <- g M_k + (1 - g) s_k, e_k = M_k / N_k with N Laplace-smoothed. Before that,
     entries with N_k at most `revive_below` of the mean N are replaced by vectors of the batch drawn by the key. All
     are on the first batch, so the codebook starts where the encoder is.
+
+    N and M are all there is; the codebook follows from them. So averages of both over the steps, in a run that averages
+    its weights, give the codebook of the averaged encoder: the mean of all vectors that chose an entry in that time. Of
+    the entries themselves they would not: one that was replaced would stand between its two places.
     """
 
     def __init__(self, codes: int, latent_dim: int, *, decay: float, revive_below: float, rngs: nnx.Rngs):
         self.width, self.decay, self.revive_below = latent_dim, decay, revive_below
-        self.codebook = buffer(jax.random.normal(rngs.params(), (codes, latent_dim)), "codes", "latent")
-        self.counts = buffer(jnp.zeros(codes), "codes")
-        self.sums = buffer(jnp.zeros((codes, latent_dim)), "codes", "latent")
+        self.counts = statistic(jnp.zeros(codes), "codes")
+        self.sums = statistic(jax.random.normal(rngs.params(), (codes, latent_dim)), "codes", "latent")
 
     def __call__(self, z_BHWZ: jax.Array, weights_B: jax.Array, key: jax.Array | None = None) -> Quantized:
         """Quantize; with a `key`, move the codebook by the images whose weight is not 0."""
         z = z_BHWZ.astype(jnp.float32)
         z_SZ = jax.lax.stop_gradient(z.reshape(-1, self.width))
-        if key is None:
-            codes_S = nearest(z_SZ, self.codebook[...])
-        else:
-            weights_S = jnp.repeat(weights_B, z_SZ.shape[0] // weights_B.shape[0])
-            self._revive(z_SZ, weights_S, key)
-            codes_S = nearest(z_SZ, self.codebook[...])
+        if key is not None:
+            self._revive(z_SZ, weights_B, key)
+        codes_S = nearest(z_SZ, self.codebook)
         quantized = self.vectors(codes_S.reshape(z.shape[:-1]))
         if key is not None:
-            self._follow(z_SZ, codes_S, weights_S)
+            self._follow(z_SZ, codes_S, jnp.repeat(weights_B, z_SZ.shape[0] // weights_B.shape[0]))
         commitment = jnp.mean(jnp.square(z - jax.lax.stop_gradient(quantized)), axis=(1, 2, 3))
         return Quantized(straight_through(z, quantized), codes_S.reshape(z.shape[:-1]), commitment)
 
+    @property
+    def codebook(self) -> jax.Array:
+        """The entries (K, Z), M / N; random numbers before the first batch."""
+        counts_K = self.counts[...]
+        total = jnp.sum(counts_K)
+        smoothed_K = (counts_K + SMOOTHING) / (total + counts_K.size * SMOOTHING) * total
+        return self.sums[...] / jnp.where(total > 0, smoothed_K, 1.0)[:, None]
+
     def vectors(self, codes: jax.Array) -> jax.Array:
         """Entries (..., Z) of codes (...)."""
-        return self.codebook[...][codes]
+        return self.codebook[codes]
 
-    def _revive(self, z_SZ: jax.Array, weights_S: jax.Array, key: jax.Array) -> None:
+    def _revive(self, z_SZ: jax.Array, weights_B: jax.Array, key: jax.Array) -> None:
         counts_K = self.counts[...]
-        dead_K = counts_K <= self.revive_below * jnp.mean(counts_K)
-        # vectors of weight 0 come last, and are not reached
-        order_S = jnp.argsort(jnp.where(weights_S > 0, jax.random.uniform(key, weights_S.shape), 2.0))
-        there = jnp.maximum(jnp.sum(weights_S > 0), 1)
-        chosen_KZ = z_SZ[order_S[jnp.arange(counts_K.size) % there]]
-        count = jnp.sum(weights_S) / counts_K.size  # as if all codes were used alike
-        counts_K = jnp.where(dead_K, count, counts_K)
-        self.counts[...] = counts_K
-        self.codebook[...] = jnp.where(dead_K[:, None], chosen_KZ, self.codebook[...])
+        positions = z_SZ.shape[0] // weights_B.shape[0]
+        dead_K = (counts_K <= self.revive_below * jnp.mean(counts_K)) & jnp.any(weights_B > 0)
+        chosen_KZ = z_SZ[candidates(key, weights_B > 0, positions, counts_K.size)]
+        count = jnp.sum(weights_B) * positions / counts_K.size  # as if all codes were used alike
+        self.counts[...] = jnp.where(dead_K, count, counts_K)
         self.sums[...] = jnp.where(dead_K[:, None], count * chosen_KZ, self.sums[...])
 
     def _follow(self, z_SZ: jax.Array, codes_S: jax.Array, weights_S: jax.Array) -> None:
-        chose_SK = jax.nn.one_hot(codes_S, self.counts.size) * weights_S[:, None]
-        new = (1 - self.decay) * jnp.sum(chose_SK, axis=0), (1 - self.decay) * (chose_SK.T @ z_SZ)
-        counts_K, sums_KZ = self.decay * self.counts[...] + new[0], self.decay * self.sums[...] + new[1]
-        total, codes = jnp.sum(counts_K), counts_K.size
-        smoothed_K = (counts_K + SMOOTHING) / (total + codes * SMOOTHING) * total
-        self.counts[...], self.sums[...] = counts_K, sums_KZ
-        self.codebook[...] = sums_KZ / smoothed_K[:, None]
+        codes, kept = self.counts.size, self.decay
+        uses_K = jax.ops.segment_sum(weights_S, codes_S, codes)
+        sums_KZ = jax.ops.segment_sum(weights_S[:, None] * z_SZ, codes_S, codes)
+        self.counts[...] = kept * self.counts[...] + (1 - kept) * uses_K
+        self.sums[...] = kept * self.sums[...] + (1 - kept) * sums_KZ
+
+
+def candidates(key: jax.Array, there_B: jax.Array, positions: int, count: int) -> jax.Array:
+    """`count` of the B * `positions` vectors of a batch, of images that are `there`: (count,) int32.
+
+    Each is any of them with the same probability, and no two are the same while there are enough: one is drawn from
+    each of `count` equal parts, and all are shifted together. Nothing of the batch is sorted but its B images.
+    """
+    image_B = jnp.argsort(~there_B)  # those that are there first
+    total = jnp.maximum(jnp.sum(there_B) * positions, 1)
+    size, longer = total // count, total % count  # the first parts are longer by one
+    part_K = jnp.arange(count)
+    begin_K, size_K = part_K * size + jnp.minimum(part_K, longer), size + (part_K < longer).astype(part_K.dtype)
+    shift_key, place_key = jax.random.split(key)
+    shift = jax.random.randint(shift_key, (), 0, total)
+    place_K = begin_K + jax.random.randint(place_key, (count,), 0, jnp.maximum(size_K, 1))
+    rank_K = (jnp.where(size_K > 0, place_K, part_K) + shift) % total
+    return image_B[rank_K // positions] * positions + rank_K % positions
 
 
 def nearest(z_SZ: jax.Array, codebook_KZ: jax.Array) -> jax.Array:
