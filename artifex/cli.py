@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import os
 import re
 import shutil
 import sys
@@ -27,7 +28,7 @@ from artifex.config_model import ModelConfig, field_types
 
 SOURCE = "command line"
 PROGRAM = "python -m artifex.train"
-USAGE = f"{PROGRAM} [CONFIG] [--section.field VALUE ...] [--run-dir PATH] [--print-config] [--dry-run]"
+USAGE = f"{PROGRAM} [CONFIG] [--section.field VALUE ...] [--run-dir PATH] [--start-anew] [--print-config] [--dry-run]"
 ABOUT = (
     "Train a model. CONFIG is a .json or .yaml file that holds what differs from the defaults; without one the "
     "quickstart is trained. Options win over the file."
@@ -35,6 +36,7 @@ ABOUT = (
 FLAGS = {
     "--print-config": "print the resolved configuration, which can be given as CONFIG, and stop",
     "--dry-run": "print parameter count, shardings and memory per device, and stop",
+    "--start-anew": "begin at step 0 where the run folder has checkpoints; they are renamed and stay",
     "--help": "print this, with the values of CONFIG and the fields of --model.name, and stop",
 }
 _INTEGER = re.compile(r"[-+]?[0-9]+")
@@ -48,6 +50,7 @@ class TrainCommand:
     run_dir: Path
     print_config: bool
     dry_run: bool
+    start_anew: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +75,40 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Answer what a user can mend with one line and exit code 2: `ValueError` (so `ConfigError`), `OSError`, and
-    `ImportError`, of a package that only some runs need."""
+    """Answer what a user can mend with one line and exit code 2: `ValueError` (so `ConfigError`), `OSError`,
+    `MemoryError`, and `ImportError`, of a package that only some runs need."""
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
+    except BrokenPipeError:  # no mistake: see `program`
+        raise
+    except (ValueError, OSError, MemoryError, ImportError) as error:
         fail(str(error))
+
+
+@contextlib.contextmanager
+def program() -> Iterator[None]:
+    """What `python -m` runs: XLA's own log stays off, and a reader who leaves (`| head`) is no error.
+
+    What XLA logs is about XLA, its errors come as exceptions, and what ends the process is printed at any level.
+    TF_CPP_MIN_LOG_LEVEL=0 shows all of it. JAX reads this when it is imported.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        yield
+    except BrokenPipeError:
+        silence()
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            silence()
+
+
+def silence() -> None:
+    """Let what is still printed, and what Python flushes at its end, go nowhere: nobody reads it."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def parse_train(argv: list[str] | None = None) -> TrainCommand:
@@ -99,7 +130,7 @@ def parse_train(argv: list[str] | None = None) -> TrainCommand:
         if not run_dir:
             raise ConfigError("--run-dir is empty; name a folder", source=SOURCE)
         config = _resolve(values, given, known, file)
-        return TrainCommand(config, Path(run_dir), flags["--print-config"], flags["--dry-run"])
+        return TrainCommand(config, Path(run_dir), flags["--print-config"], flags["--dry-run"], flags["--start-anew"])
 
 
 def options(model_name: str) -> list[Option]:

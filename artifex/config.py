@@ -126,7 +126,11 @@ class TrainingConfig(Section):
         default=None, ge=1, description="batches of the last validation; none is all that is held out"
     )
     sample_tokens: Int = Field(default=400, ge=0, description="tokens drawn at each checkpoint, to look at; 0 is none")
-    sample_prompt: str = Field(default="def ", min_length=1, description="what the sample continues, not empty")
+    sample_prompt: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="what the sample continues, not empty; none: 'def ' for the source 'stdlib', else how the held-out "
+        "text begins",
+    )
     sample_images: Int = Field(
         default=40, ge=0, description="images drawn at each checkpoint, to look at, the same draw; 0 is none"
     )
@@ -284,6 +288,9 @@ class Config(Section):
         if (reads := self.model.reads) == "text":
             longest = self.model.spec().sequence_length
             _check_most("data.sequence_length", self.data.sequence_length, "model.sequence_length", longest)
+            if self.data.tokenizer == "bpe":
+                ids = self.model.spec().vocab_size
+                _check_most("data.bpe_vocab_size", self.data.bpe_vocab_size, "model.vocab_size", ids)
         elif self.data.source == "stdlib" or self.data.source.startswith("package:"):
             raise ConfigError(f"must be images for {self.model.name!r}, such as 'digits', got text", ("data", "source"))
         for (section, field), of in ABOUT.items():

@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from artifex.config_aliases import MEANT
+
 MAX_BYTES = 65_536  # of a file: a configuration has some 2,000, and PyYAML parses 140,000 a second at worst
 MAX_DEPTH = 16  # of nesting: a configuration has 3
 SUFFIXES = (".json", ".yaml", ".yml")
@@ -60,7 +62,13 @@ shown = _short.repr
 
 
 def nearest(word: str, known: Collection[str]) -> str | None:
-    """The member of `known` most like `word`, by the last part of a path or by the whole; None where none is near."""
+    """The member of `known` most like `word`: what other programs call so, or by the last part of a path, or by the
+    whole; None where none is near. Hyphens are underscores."""
+    plain = {name.replace("-", "_"): name for name in known}
+    last = word.rpartition(".")[2].replace("-", "_")
+    meant = MEANT.get(word.replace("-", "_"), MEANT.get(last, ""))
+    if found := plain.get(meant) or plain.get(meant.rpartition(".")[2]):
+        return found
     by_last = {name.rpartition(".")[2]: name for name in reversed(list(known))}
     last = word.rpartition(".")[2]
     if last in by_last:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from artifex.cli import fail, user_errors
+from artifex.cli import fail, program, user_errors
 from artifex.data.classes import find_class, load_classes
 from artifex.scaling.manifest import CheckpointError
+from artifex.training.signals import ending_at_once
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,13 +21,21 @@ IMAGES = ("labels", "guidance", "steps", "sampler", "out")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line. Exits with 2 and one line for anything the user can mend, with 1 for damaged files."""
-    args = _parser().parse_args(argv)
-    with user_errors():
+    """The command line. Exits with 2 and one line for anything the user can mend, with 1 for a damaged checkpoint."""
+    with program(), ending_at_once():
+        args = _parser().parse_args(argv)
         try:
-            model = load(args.path, args.step)
+            with user_errors():
+                _draw(args)
         except CheckpointError as error:
             fail(str(error), code=1)
+
+
+def _draw(args: argparse.Namespace) -> None:
+    from artifex.training.memory import explained
+
+    with explained("out of memory; draw fewer at once with --num-samples"):
+        model = load(args.path, args.step)
         given = {name: value for name, value in vars(args).items() if value is not None}
         wrong = [name for name in (IMAGES if model.cfg.reads == "text" else TEXT) if name in given]
         if wrong:
@@ -34,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--{flag} does not apply: {args.path} holds a model of {model.cfg.reads}")
         how = {name: given[name] for name in (*TEXT, *IMAGES, "num_samples", "seed") if name in given}
         if model.cfg.reads == "text":
-            texts = continuations(args.path, model, how.pop("prompt", "def "), **how)
+            texts = continuations(args.path, model, how.pop("prompt", None), **how)
         else:
             print(picture(model, names=load_classes(args.path, model.cfg.num_classes), **how))
             return
@@ -54,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="the same seed draws the same (default: 0)")
     parser.add_argument("--step", type=int, help="checkpoint of a run to sample from (default: the newest)")
     text = parser.add_argument_group("models of text")
-    text.add_argument("--prompt", help="text to continue (default: 'def ')")
+    text.add_argument("--prompt", help="text to continue (default: the one of the run's own samples)")
     text.add_argument("--num-tokens", type=int, help="new tokens (default: as many as fit, at most 400)")
     text.add_argument("--temperature", type=float, help="0 is greedy (default: 0.7)")
     text.add_argument("--top-k", type=int, help="keep the k likeliest tokens (default: all)")
@@ -69,21 +78,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def sample(path: str | Path, prompt: str, *, step: int | None = None, **how: Any) -> list[str]:
+def sample(path: str | Path, prompt: str | None = None, *, step: int | None = None, **how: Any) -> list[str]:
     """Continuations of `prompt` by the model of a run folder (its newest checkpoint, or `step`) or of weights.
 
-    `how` is that of `continuations`. Raises `ValueError` or `FileNotFoundError` for what cannot be sampled.
+    `prompt` None is that of the run's own samples, or a newline where the folder names none. `how` is that of
+    `continuations`. Raises `ValueError` or `FileNotFoundError` for what cannot be sampled.
     """
-    model = load(Path(path), step)
+    model = load(path, step)
     if model.cfg.reads != "text":
         raise ValueError(f"{path} holds a model of {model.cfg.reads}; load it and call model.sample(key, count=...)")
-    return continuations(Path(path), model, prompt, **how)
+    return continuations(path, model, prompt, **how)
 
 
 def continuations(
-    path: Path,
+    path: str | Path,
     model: Any,
-    prompt: str,
+    prompt: str | None = None,
     *,
     num_tokens: int | None = None,
     num_samples: int = 1,
@@ -94,7 +104,8 @@ def continuations(
 ) -> list[str]:
     """`num_samples` continuations of `prompt`, each with the prompt before it, a pure function of `seed`.
 
-    `path` holds the tokenizer. `num_tokens` None fills the model's sequence length, up to 400.
+    `path` holds the tokenizer, and the prompt where it is None. `num_tokens` None fills the model's sequence length, up
+    to 400.
     """
     import jax
     import numpy as np
@@ -103,12 +114,16 @@ def continuations(
 
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; ask for at least 1")
+    path = Path(path)
     if not (path / "tokenizer.json").is_file():
         raise FileNotFoundError(
             f"{path} holds no tokenizer.json, without which a prompt is no tokens; copy it there, or write it along: "
             "save_pretrained(..., tokenizer=...)"
         )
     tokenizer = load_tokenizer(path / "tokenizer.json")
+    if prompt is None:
+        own = path / "prompt.txt"
+        prompt = own.read_text(encoding="utf-8") if own.exists() else "\n"
     ids = np.asarray(tokenizer.encode(prompt))
     if ids.size == 0:
         raise ValueError("the prompt is empty; give at least one token to continue, a newline will do")
@@ -128,7 +143,7 @@ def continuations(
 def picture(
     model: Any,
     *,
-    out: Path = Path("samples.png"),
+    out: str | Path = "samples.png",
     labels: Sequence[str | int] | None = None,
     names: Sequence[str] | None = None,
     num_samples: int = 8,
@@ -144,6 +159,7 @@ def picture(
 
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; ask for at least 1")
+    out = Path(out)
     if out.suffix != ".png":
         raise ValueError(f"--out {out} is no .png file")
     if not out.absolute().parent.is_dir():
@@ -185,7 +201,9 @@ def rows_of(
 def load(path: str | Path, step: int | None = None) -> Any:
     """The model of a run folder (its average of weights where it keeps one) or of a folder of weights.
 
-    Raises `FileNotFoundError`, `ValueError` or `CheckpointError` for what holds neither, and a step that is not there.
+    Of a run, `step` None is the newest that is whole; one that is damaged is named on stderr. Raises
+    `FileNotFoundError` and `ValueError` for what holds neither and a step that is not there, `CheckpointError` where
+    none is whole.
     """
     from artifex.models.weights import from_pretrained
     from artifex.training.restore import restore_model

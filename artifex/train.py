@@ -1,7 +1,7 @@
 """`python -m artifex.train`: configuration -> plan -> mesh -> state -> steps -> checkpoints, samples, weights.
 
-Read it from top to bottom. What needs JAX is imported inside the functions, after the command line was read: `--help`,
-`--print-config` and configuration errors answer without it.
+Read it from top to bottom. What takes time to import is imported inside the functions: Ctrl-C is answered from the
+start, and `--help`, `--print-config` and configuration errors come without JAX.
 """
 
 from __future__ import annotations
@@ -12,49 +12,60 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from artifex.cli import fail, parse_train, user_errors
-from artifex.config import Config
 from artifex.data import DataError
 from artifex.scaling.manifest import CheckpointError
+from artifex.training.signals import Stopped, ending_at_once, stop_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import jax
 
+    from artifex.config import Config
     from artifex.scaling.checkpoints import Checkpoints
     from artifex.scaling.plan import Plan
+    from artifex.training.meter import Meter
     from artifex.training.progress import Report
     from artifex.training.run_folder import RunFolder
     from artifex.training.state import Blueprint, TrainState
     from artifex.training.task import Task
 
 
+@ending_at_once(": no step is lost, and the same command goes on")
 def main(argv: list[str] | None = None) -> None:
-    """The command line. Exits with 2 and one line for anything the user can mend, with 1 for a run that failed."""
-    command = parse_train(argv)
-    if command.print_config:
-        print(command.config.to_yaml(), end="")
-    elif command.dry_run:
-        with user_errors():
-            print(dry_run(command.config))
-    else:
-        try:
+    """The command line. Exits with 2 and one line for anything the user can mend, with 1 for a run that failed, with
+    128 + its number for a signal: after the step, with everything saved, or at once where there is nothing to save."""
+    from artifex.cli import fail, parse_train, program, user_errors
+
+    with program():
+        command = parse_train(argv)
+        if command.print_config:
+            print(command.config.to_yaml(), end="")
+        elif command.dry_run:
             with user_errors():
-                run = open_run(command.config, command.run_dir)
-            run_steps(run)
-        except (FloatingPointError, CheckpointError, DataError) as error:
-            fail(str(error), code=1)
+                print(dry_run(command.config))
+        else:
+            try:
+                with user_errors():
+                    run = open_run(command.config, command.run_dir, start_anew=command.start_anew)
+                    run_step = prepare(run)
+                run_steps(run, run_step)
+            except (FloatingPointError, CheckpointError, DataError, MemoryError) as error:
+                fail(str(error), code=1)
 
 
-def train(config: Config, run_dir: str | Path) -> Path:
+def train(config: Config, run_dir: str | Path, *, start_anew: bool = False) -> Path:
     """Train as `config` says into the folder `run_dir`, or go on from its newest checkpoint. Returns the folder.
 
-    Raises `ValueError` for a configuration, mesh, data or folder that do not fit, before anything is compiled,
-    `DataError` where an example turns out to be bad when it is drawn, `FloatingPointError` at the first loss or
-    gradient that is not finite (the last good checkpoint stays), and `CheckpointError` where nothing can be saved.
+    `start_anew` begins at step 0 whatever the folder has: its checkpoints are renamed and stay. A start that fails
+    leaves the folder as it was. Raises `ValueError` for a configuration, mesh, data or folder that do not fit, and
+    `MemoryError` for a step that needs more than a device has; `CheckpointError` where checkpoints are damaged and none
+    is left, or where nothing can be saved; `DataError` where an example turns out to be bad when it is drawn;
+    `FloatingPointError` at the first loss or gradient that is not finite (the last good checkpoint stays); and
+    `Stopped`, a `SystemExit`, where a signal ended the run after it was saved.
     """
-    return run_steps(open_run(config, run_dir))
+    run = open_run(config, run_dir, start_anew=start_anew)
+    return run_steps(run, prepare(run))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +79,7 @@ class Run:
     state: TrainState
     start: int  # steps done
     notes: list[str]  # what the user should know about how it was opened
+    report: Report
 
     @property
     def config(self) -> Config:
@@ -75,12 +87,15 @@ class Run:
         return self.blue.config
 
 
-def open_run(config: Config, run_dir: str | Path) -> Run:
-    """Everything before the first step, in the order in which mistakes are cheap."""
+def open_run(config: Config, run_dir: str | Path, *, start_anew: bool = False) -> Run:
+    """Everything before the step is compiled, in the order in which mistakes are cheap. Writes nothing to the folder
+    but a tokenizer it had to train, to `cache/`."""
     import jax
 
     from artifex.scaling.checkpoints import Checkpoints
     from artifex.training.latents import as_known, settle
+    from artifex.training.memory import check_state, device_bytes, explained
+    from artifex.training.progress import Report
     from artifex.training.run_folder import RunFolder
     from artifex.training.start import check as check_start
     from artifex.training.state import blueprint
@@ -90,47 +105,58 @@ def open_run(config: Config, run_dir: str | Path) -> Run:
     plan = plan_of(config, jax.device_count())
     mesh = plan.make_mesh()
     # what is in the folder, and whether this run is the one in it
-    folder = RunFolder(Path(run_dir))
+    folder = RunFolder(run_dir)
     config = as_known(config, folder.config)
     changes = folder.open(config)
     # the weights it begins with and what stays frozen, by name and shape
-    if not folder.checkpoints.is_dir():
+    if start_anew or not folder.checkpoints.is_dir():
         check_start(config)
     # data: read before anything is built, so that a wrong path costs nothing
     task = open_task(config, folder)
     # abstract model -> placement
     blue = blueprint(config, plan, mesh)
+    check_state(blue, device_bytes())
     # sharded init or restore
     checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep)
-    state, start, notes = begin(blue, checkpoints, task)
+    with explained("out of memory while the state was made or restored"):
+        state, start, notes = begin(blue, checkpoints, task, start_anew)
     # how latents are scaled is part of what is trained: measured once, and kept with the configuration
     blue, latents = (blue, []) if folder.config.exists() else settle(blue, state, task.corpus)
-    folder.begin(blue.config, start)
-    task.save_beside(folder.path)
     notes = [*task.corpus.changes, *(f"changed since it was saved: {change}" for change in changes), *latents, *notes]
-    return Run(blue, task, folder, checkpoints, state, start, notes)
+    report = Report(start, config.training.steps, bar=config.logging.progress)
+    return Run(blue, task, folder, checkpoints, state, start, notes, report)
 
 
 def plan_of(config: Config, device_count: int) -> Plan:
     """The plan of a configuration on `device_count` devices, checked against the batch."""
+    from artifex.scaling.mesh_utils import simulation_hint
     from artifex.scaling.plan import Plan
 
     config.check()
     microbatches = config.training.gradient_accumulation
-    plan = Plan.from_device(config.device, device_count, remat=config.training.remat, microbatches=microbatches)
+    with simulation_hint(config.device, device_count):
+        plan = Plan.from_device(config.device, device_count, remat=config.training.remat, microbatches=microbatches)
     plan.check_batch(config.training.batch_size)
     return plan
 
 
-def begin(blue: Blueprint, checkpoints: Checkpoints, task: Task) -> tuple[TrainState, int, list[str]]:
+def begin(blue: Blueprint, checkpoints: Checkpoints, task: Task, start_anew: bool) -> tuple[TrainState, int, list[str]]:
     """The state to start from, the step it stands at, and what to tell the user about it."""
     from artifex.training.start import start_state
 
     start_from = blue.config.training.start_from
+    if start_anew:
+        state, lines = start_state(blue)
+        return state, 0, ["starts anew, as asked: checkpoints that are there are renamed", *lines]
     step, skipped = checkpoints.newest_restorable()
+    if step is None and skipped:
+        raise CheckpointError(
+            f"no step in {checkpoints.folder} can be restored, so the run would start anew: {'; '.join(skipped)}; put "
+            "a copy of the folder back, or give --start-anew to begin at step 0, which renames what is there"
+        )
     if step is None:
         state, lines = start_state(blue)
-        return state, 0, [*skipped, *lines]
+        return state, 0, lines
     saved = checkpoints.metadata(step)["data"]["fingerprint"]
     if saved != task.corpus.fingerprint:
         raise ValueError(
@@ -141,66 +167,102 @@ def begin(blue: Blueprint, checkpoints: Checkpoints, task: Task) -> tuple[TrainS
     return checkpoints.restore(step, blue.state), step, [*skipped, f"resumed from step {step}{again}"]
 
 
-def run_steps(run: Run) -> Path:
-    """Train an opened run to its last step, or to a signal; then plot, export and say how to go on."""
-    from artifex.training.progress import Report
+def prepare(run: Run) -> Callable[[TrainState, Any], Any] | None:
+    """Say what the run is, and compile its step, on the first batch's shapes; None where no step is left.
+
+    Raises `ValueError` for data that make no batch, and `MemoryError` where the step needs more than a device has.
+    """
+    from artifex.models.attention import recording
+    from artifex.training.memory import device_bytes, fitting_step
+
+    for line in [summary(run), *run.notes]:
+        run.report.line(line)
+    if run.start >= run.config.training.steps:
+        return None
+    batches = run.task.batches(run.start)
+    shapes = {name: (x.shape, x.dtype) for name, x in place(run.blue, next(batches)).items()}
+    batches.close()
+    with run.report.busy("compiling the step"), recording() as attention:
+        run_step = fitting_step(run.blue, shapes, device_bytes())
+    if attention:
+        run.report.line(f"attention: {', '.join(sorted(attention))}")
+    return run_step
+
+
+def run_steps(run: Run, run_step: Callable[[TrainState, Any], Any] | None) -> Path:
+    """Train an opened run to its last step; then make whatever a finished run has: weights, scores, the curve.
+
+    Where a run stands at its last step already, what is missing of these is made. Raises `Stopped` after a signal.
+    """
+    from artifex.training.memory import explained
+    from artifex.training.meter import Meter
 
     steps = run.config.training.steps
-    with run.checkpoints, Report(run.start, steps, bar=run.config.logging.progress) as report:
-        for line in [summary(run), *run.notes]:
-            report.line(line)
-        if run.start < steps:
-            state, step = fit(run, report)
-            finish(run, state, step, report)
+    meter = Meter(run.config, run.task, run.folder, run.report)
+    with run.checkpoints, run.report, explained("out of memory; what is saved stays"):
+        if run_step is not None:
+            finish(run, fit(run, run_step, meter), meter)
+        elif run.start == steps and not run.folder.is_finished():
+            run.report.line(f"all {steps} steps are done; makes what is missing")
+            run.folder.keep_metrics_up_to(steps)
+            finish(run, run.state, meter)
         else:
-            report.line(f"nothing left to train; to go on: --training.steps {2 * steps}")
+            done = "" if run.start == steps else f"step {run.start} is done, training.steps is {steps}: "
+            run.report.line(f"{done}nothing left to train; to go on: --training.steps {2 * run.start}")
     return run.folder.path
 
 
-def fit(run: Run, report: Report) -> tuple[TrainState, int]:
-    """The (data, step) loop. Returns the last state and its step, fewer than asked where a signal stopped it."""
-    from artifex.models.attention import recording
-    from artifex.training.meter import Meter
-    from artifex.training.signals import stop_signals
-    from artifex.training.step import make_step
-
+def fit(run: Run, run_step: Callable[[TrainState, Any], Any], meter: Meter) -> TrainState:
+    """The (data, step) loop. Returns the last state; raises `Stopped` where a signal ended the loop before it."""
     config, blue, task = run.config, run.blue, run.task
     cfg, every = config.training, config.checkpoint.every
     batches = task.batches(run.start)
-    meter, run_step, validate = Meter(config, task, run.folder, report), make_step(blue), make_validate(run)
-    state, step = run.state, run.start
+    validate, state, step, saved = make_validate(run), run.state, run.start, run.start
     with stop_signals() as stop:
-        if step == 0 and cfg.start_from is not None:  # what the weights are worth before they are trained on
-            with meter.aside():
-                meter.validated(step, *validate(state, final=True))
-        while step < cfg.steps and not stop:
+        # what the weights are worth before they are trained on
+        before = validate(state, final=True) if step == 0 and cfg.start_from is not None else None
+        while step < cfg.steps and not (stop and saved == step):
             asked = time.perf_counter()
             batch = place(blue, next(batches))
             meter.waited(time.perf_counter() - asked)
-            with recording() as attention:  # the first step traces
-                state, metrics = run_step(state, batch)
-            if attention:
-                report.line(f"attention: {', '.join(sorted(attention))}")
+            state, metrics = run_step(state, batch)
             step += 1
+            if step == run.start + 1:
+                begin_folder(run, metrics)
+                if before is not None:
+                    meter.validated(0, *before)
             # one step late: while Python reads the last step's metrics the device is busy with this one
             meter.read_late(step, metrics)
-            last = step == cfg.steps or bool(stop)
-            if last or (cfg.validate_every and step % cfg.validate_every == 0):
+            if step < cfg.steps and cfg.validate_every and step % cfg.validate_every == 0:
                 with meter.aside():
-                    meter.validated(step, *validate(state, final=step == cfg.steps))
-            if last or (every and step % every == 0):
+                    meter.validated(step, *validate(state, final=False))
+            if step == cfg.steps or stop or (every and step % every == 0):
                 with meter.aside():  # reads this step's metrics first: what is not finite is never saved
                     run.checkpoints.save(
                         step,
                         state,
                         {**blue.metadata(), "data": {"fingerprint": task.corpus.fingerprint, "batches": step}},
                     )
-                    task.look(blue.model(state), run.folder, step)
-    batches.close()
-    run.checkpoints.wait()
+                    saved = step
+                    if step < cfg.steps and not stop:
+                        task.look(blue.model(state), run.folder, step)
+        batches.close()
+        run.checkpoints.wait()
     if stop:
-        report.line(f"stopped by {stop[0]} at step {step}, which is saved")
-    return state, step
+        where = f"at step {step}, which is saved" if step > run.start else "before the first step"
+        run.report.line(f"stopped by {stop[0]} {where}; the same command goes on")
+        raise Stopped(stop[0])
+    return state
+
+
+def begin_folder(run: Run, metrics: Any) -> None:
+    """Make the folder that of this run, once its first step is computed: until then a start can fail."""
+    import jax
+
+    jax.block_until_ready(metrics)
+    run.checkpoints.set_aside(run.start + 1)
+    run.folder.begin(run.config, run.start)
+    run.task.save_beside(run.folder.path)
 
 
 def place(blue: Blueprint, batch: dict[str, Any]) -> dict[str, jax.Array]:
@@ -237,23 +299,30 @@ def make_validate(run: Run) -> Callable[..., tuple[dict[str, float], float]]:
     return validate
 
 
-def finish(run: Run, state: TrainState, step: int, report: Report) -> None:
-    """Weights alone, the last samples and their score, the curve, and how to use what was made."""
+def finish(run: Run, state: TrainState, meter: Meter) -> None:
+    """Of the last step what is not there yet: weights alone, validation, the last samples and their score, the curve.
+
+    All of it can be made again from the checkpoint and appears whole, so that a signal may end it anywhere.
+    """
     from artifex.models.weights import save_pretrained
 
-    config, folder, model = run.config, run.folder, run.blue.model(state)
+    config, folder, report, task = run.config, run.folder, run.report, run.task
+    step, model = config.training.steps, run.blue.model(state)
+    folder.samples.mkdir(parents=True, exist_ok=True)
     save_pretrained(folder.weights, config.model.name, config.model.spec(), run.blue.tree(state))
-    run.task.save_beside(folder.weights)
-    scores, lines = run.task.conclude(model, folder, step)
-    if scores:
+    task.save_beside(folder.weights)
+    if not folder.has_line(step, "validation"):
+        meter.validated(step, *make_validate(run)(state, final=True))
+    task.look(model, folder, step)
+    scores, lines = task.conclude(model, folder, step)
+    if scores and not folder.has_line(step, "samples"):
         folder.log({"step": step, "split": "samples", **scores})
-    folder.plot(run.task.score)
+    folder.plot(task.score)
     for line in lines:
         report.line(line)
     report.line(f"{folder.path}: config.json metrics.jsonl loss.png samples/ checkpoints/ weights/")
-    more = config.training.steps if step < config.training.steps else 2 * config.training.steps
     report.line(
-        f"go on with it:   python -m artifex.train {folder.config} --training.steps {more} --run-dir {folder.path}"
+        f"go on with it:   python -m artifex.train {folder.config} --training.steps {2 * step} --run-dir {folder.path}"
     )
 
 
@@ -277,34 +346,16 @@ def dry_run(config: Config) -> str:
     import jax
     from flax import nnx
 
-    from artifex.scaling.placement import bytes_on_device, explain, size_text
+    from artifex.scaling.placement import explain
+    from artifex.training.memory import compile_step, table
     from artifex.training.state import blueprint
-    from artifex.training.step import make_step
     from artifex.training.task import batch_shapes
 
     plan = plan_of(config, jax.device_count())
     blue = blueprint(config, plan, plan.make_mesh())
     abstract = nnx.eval_shape(lambda: config.model.spec().build(nnx.Rngs(0)))
-    batch = {key: jax.ShapeDtypeStruct(*kind) for key, kind in batch_shapes(config).items()}
-    where = blue.batch_sharding(batch)
-    batch = {key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where[key]) for key, leaf in batch.items()}
-    used = make_step(blue).lower(blue.state, batch).compile().memory_analysis()
-    whole = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes
-    lines = [
-        str(explain(abstract, plan, plan.sizes)),
-        "",
-        f"plan: {plan}",
-        "memory per device:",
-        f"  parameters        {size_text(bytes_on_device(blue.state.params))}",
-        f"  optimizer state   {size_text(bytes_on_device(blue.state.optimizer))}",
-    ]
-    if jax.tree.leaves(blue.state.buffers):
-        lines.append(f"  buffers           {size_text(bytes_on_device(blue.state.buffers))}")
-    if blue.state.ema is not None:
-        lines.append(f"  average           {size_text(bytes_on_device((blue.state.ema, blue.state.ema_buffers)))}")
-    lines.append(f"  the step's own    {size_text(used.temp_size_in_bytes)}  (gradients and activations, by XLA)")
-    lines.append(f"  in all            {size_text(whole)}")
-    return "\n".join(lines)
+    memory = table(compile_step(blue, batch_shapes(config)))
+    return "\n".join([str(explain(abstract, plan, plan.sizes)), "", f"plan: {plan}", "memory per device:", *memory])
 
 
 if __name__ == "__main__":

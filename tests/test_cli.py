@@ -9,8 +9,10 @@ import pytest
 import yaml
 
 from artifex import models
-from artifex.cli import fail, parse_train, user_errors
+from artifex.cli import fail, options, parse_train, user_errors
 from artifex.config import Config, sections
+from artifex.config_aliases import ALIASES
+from artifex.config_io import nearest
 from artifex.models.transformer.config import DecoderConfig
 
 ROOT = Path(__file__).parents[1]
@@ -146,6 +148,11 @@ def test_the_models_fields_are_those_of_the_chosen_preset(file):
     [
         ("--training.step 5", "--training.step is unknown; did you mean --training.steps?"),
         ("--steps 5", "--steps is unknown; did you mean --training.steps?"),
+        ("--lr 1e-3", "--lr is unknown; did you mean --optimizer.learning-rate?"),
+        ("--optimizer.lr 1e-3", "--optimizer.lr is unknown; did you mean --optimizer.learning-rate?"),
+        ("--block_size 5", "--block-size is unknown; did you mean --data.sequence-length?"),
+        ("--data a.txt", "--data is unknown; did you mean --data.source?"),
+        ("--out here", "--out is unknown; did you mean --run-dir?"),
         ("--dryrun x", "--dryrun is unknown; did you mean --dry-run?"),
         ("--qqq 5", "--qqq is unknown; python -m artifex.train --help lists the options"),
         ("-x 5", "-x is unknown; python -m artifex.train --help lists the options"),
@@ -182,6 +189,20 @@ def test_the_models_fields_are_those_of_the_chosen_preset(file):
 )
 def test_a_mistake_on_the_command_line_is_one_line_with_the_key_and_the_nearest(words, says, refused):
     assert refused(*words.split()) == f"command line: {says}"
+
+
+def test_every_alias_is_of_a_key_that_is_there_and_is_none_itself():
+    known = {".".join(option.key) for name in ("llama-nano", "dit-digits") for option in options(name)} | {"run_dir"}
+    assert set(ALIASES) <= known
+    words = [alias for aliases in ALIASES.values() for alias in aliases.split()]
+    assert len(words) == len(set(words)) and not known & set(words)
+    for key, aliases in ALIASES.items():
+        assert {nearest(alias, ["other", key]) for alias in aliases.split()} == {key}
+
+
+def test_an_alias_in_a_file_is_answered_as_well(file, refused):
+    assert refused(file("optimizer: {lr: 1e-3}")).endswith("optimizer.lr is unknown; did you mean learning_rate?")
+    assert refused(file("lr: 1e-3")).endswith("lr is unknown; did you mean optimizer.learning_rate?")
 
 
 def test_an_error_names_whoever_made_it(file, refused):
@@ -227,7 +248,7 @@ def test_help_lists_every_option_with_its_kind_default_and_description(help_page
     ):
         assert line in flat
     assert "--device.mesh-shape INT INT|none (batch, model)" in flat
-    assert all(flag in page for flag in ("--run-dir PATH", "--print-config", "--dry-run", "--help"))
+    assert all(flag in page for flag in ("--run-dir PATH", "--start-anew", "--print-config", "--dry-run", "--help"))
 
 
 def test_help_fits_the_terminal_up_to_100_columns(help_page, monkeypatch):

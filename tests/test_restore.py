@@ -128,7 +128,7 @@ def test_a_checkpoint_from_before_it_kept_the_configuration_opens_by_the_runs(ru
         ("nowhere", {}, FileNotFoundError, "is no folder; expected a run, its checkpoints, or one step"),
         ("run", {"step": 9}, ValueError, r"holds no checkpoint of step 9; it has \[1, 2\]"),
         ("run/checkpoints/2", {"step": 1}, ValueError, "holds step 2 alone"),
-        ("run/samples", {}, FileNotFoundError, "holds no complete checkpoint"),
+        ("run/samples", {}, FileNotFoundError, "holds no checkpoint yet"),
         ("run", {"mesh": {"fsdp": 3}}, ValueError, "8"),
         ("run", {"mesh": {"rows": 8}}, ValueError, "no strategy is named after mesh axis 'rows'"),
         ("run", {"strategy": combine({"f": FSDPStrategy("f")})}, ValueError, "needs a mesh"),

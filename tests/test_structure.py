@@ -146,3 +146,17 @@ def test_the_api_reference_shows_every_module():
     shown = set(re.findall(r"^::: (\S+)$", pages, re.M))
     assert sorted({module for module in FILES if defines_something(module)} - shown) == []
     assert sorted(shown - set(FILES)) == []
+
+
+def test_every_path_argument_takes_text_and_paths():
+    paths_alone = {
+        f"{module}.{node.name}({argument.arg})"
+        for module in FILES
+        for owner in ast.walk(TREES[module])
+        if isinstance(owner, ast.Module | ast.ClassDef)
+        for node in owner.body
+        if isinstance(node, ast.FunctionDef) and (not node.name.startswith("_") or node.name == "__init__")
+        for argument in (*node.args.args, *node.args.kwonlyargs)
+        if isinstance(argument.annotation, ast.Name) and argument.annotation.id == "Path"
+    }
+    assert paths_alone == set()

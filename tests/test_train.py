@@ -36,7 +36,14 @@ def settings(source: str, **sections) -> dict:
     base = {
         "model": {"name": "llama-nano", "embed_dim": 16, "num_layers": 2, "num_heads": 4, "head_dim": 4, "mlp_dim": 32},
         "data": {"source": source, "sequence_length": 32},
-        "training": {"steps": 20, "batch_size": 8, "validate_every": 10, "validation_batches": 2, "sample_tokens": 20},
+        "training": {
+            "steps": 20,
+            "batch_size": 8,
+            "validate_every": 10,
+            "validation_batches": 2,
+            "sample_tokens": 20,
+            "sample_prompt": "def ",
+        },
         "optimizer": {"name": "adamw", "warmup_steps": 2, "learning_rate": 1e-2},
         "checkpoint": {"every": 10, "keep": 2},
         "logging": {"every": 5, "progress": False},
@@ -95,7 +102,9 @@ def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(run, source, tmp_pa
     # the schedule belongs to the whole run, so the first half is stopped, not configured to be shorter
     opened = train.open_run(halfway, tmp_path / "half")
     stopper = StopAt(opened, 10)
-    train.run_steps(stopper.run)
+    with pytest.raises(SystemExit) as stopped:
+        train.run_steps(stopper.run, train.prepare(stopper.run))
+    assert stopped.value.code == 128 + signal.SIGTERM
     lines = (tmp_path / "half" / "metrics.jsonl").read_text()
     (tmp_path / "half" / "metrics.jsonl").write_text(lines + '{"step": 11, "split": "train", "loss": 1.0}\n{"ste')
     train.train(halfway, tmp_path / "half")
@@ -217,13 +226,22 @@ def test_changed_data_is_refused(run, source, tmp_path):
 
 
 def test_a_run_that_could_not_start_leaves_its_folder_free(source, tmp_path):
-    bpe = {"data": {"tokenizer": "bpe", "bpe_vocab_size": 300}, "training": {"steps": 2}}
-    with pytest.raises(ValueError, match=r"model.vocab_size is 256, but data.tokenizer 'bpe' has 300 tokens"):
-        train.train(config(source, **bpe), tmp_path / "run")
-    train.train(config(source, **bpe, model={"vocab_size": 300}), tmp_path / "run")
     with pytest.raises(ValueError, match="does not exist"):
-        train.train(config(str(tmp_path / "nothing")), tmp_path / "other")
-    assert not (tmp_path / "other").exists()
+        train.train(config(str(tmp_path / "nothing")), tmp_path / "run")
+    (tmp_path / "short.txt").write_text("shorter than a window")
+    with pytest.raises(ValueError, match=r"the training tokens are 20, but one window needs sequence_length \+ 1 = 33"):
+        train.train(config(str(tmp_path / "short.txt")), tmp_path / "run")
+    with pytest.raises(MemoryError, match=r"out of memory: parameters and optimizer state take .* TiB on each device"):
+        train.train(config(source, model={"mlp_dim": 2**30, "embed_dim": 2**15}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    train.open_run(config(source), tmp_path / "run")
+
+
+def test_a_vocabulary_too_large_for_the_model_is_refused_before_it_is_trained(source):
+    bpe = {"tokenizer": "bpe", "bpe_vocab_size": 300}
+    with pytest.raises(ValueError, match=r"data.bpe_vocab_size must be at most model.vocab_size 256, got 300"):
+        config(source, data=bpe)
+    config(source, data=bpe, model=settings(source)["model"] | {"vocab_size": 300})
 
 
 def test_a_folder_that_holds_something_else_is_refused(source, tmp_path):
@@ -261,6 +279,17 @@ def test_a_dry_run_counts_parameters_and_memory_and_trains_nothing(source, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("device", [{"fsdp": 16}, {"mesh_shape": (2, 8)}, {"data": 4, "tensor": 4}], ids=str)
+def test_a_mesh_larger_than_a_cpu_shows_says_how_to_simulate_it(source, device):
+    with pytest.raises(ValueError, match=r"or simulate 16 on a CPU: JAX_NUM_CPU_DEVICES=16$"):
+        train.plan_of(config(source, device=device), 8)
+
+
+def test_a_mesh_smaller_than_the_devices_is_not_to_be_simulated(source):
+    with pytest.raises(ValueError, match=r"set fsdp=8 or fsdp=-1$"):
+        train.plan_of(config(source, device={"fsdp": 4}), 8)
+
+
 def test_the_command_line_trains_and_a_kill_leaves_a_run_that_goes_on(source, tmp_path):
     cfg = config(source, training={"steps": 100_000, "sample_tokens": 0}, checkpoint={"every": 20})
     cfg.save(tmp_path / "mine.yaml")
@@ -271,7 +300,7 @@ def test_the_command_line_trains_and_a_kill_leaves_a_run_that_goes_on(source, tm
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "stopped by SIGTERM at step" in out, out
+    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM at step" in out, out
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         step, skipped = checkpoints.newest_restorable()
     assert not skipped and f"at step {step}, which is saved" in out

@@ -84,8 +84,9 @@ class ImageFiles:
             raise DataError(f"{name} cannot be decoded: {_reason(error, name)}; mend or remove it") from error
 
 
-def read_folder(root: Path, labels: bool) -> Source:
+def read_folder(root: str | Path, labels: bool) -> Source:
     """The PNG and JPEG files below `root`, not through links to folders; the first folder of a name is its class."""
+    root = Path(root)
     names, ignored = _find(root)
     folders = {name.split("/")[0] for name in names if "/" in name}
     direct = [name for name in names if "/" not in name]
@@ -109,18 +110,20 @@ def read_folder(root: Path, labels: bool) -> Source:
     return Source(files, of_each, class_names=classes, ignored=ignored)
 
 
-def is_dataset(folder: Path) -> bool:
+def is_dataset(folder: str | Path) -> bool:
     """Whether a folder was written by `save_to_disk` of Hugging Face's `datasets`."""
+    folder = Path(folder)
     return (folder / "dataset_dict.json").is_file() or (
         (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file()
     )
 
 
-def read_dataset(folder: Path) -> Source:
+def read_dataset(folder: str | Path) -> Source:
     """A dataset saved on disk by Hugging Face's `datasets`: its column of images, and `label` or `fine_label`.
 
     Of a dictionary of splits, `train` and, held out, `validation` or else `test`.
     """
+    folder = Path(folder)
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:

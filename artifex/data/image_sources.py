@@ -54,8 +54,9 @@ def read_digits() -> Source:
     return Source(np.asarray(values).reshape(-1, 8, 8, 1).astype(np.uint8), np.asarray(labels), levels=17)
 
 
-def read_npy(path: Path) -> Source:
+def read_npy(path: str | Path) -> Source:
     """Images from a `.npy`, mapped where they are uint8. It has no labels."""
+    path = Path(path)
     with reading(path):
         with path.open("rb") as file:
             _npy_header(file, str(path), os.path.getsize(path))
@@ -64,8 +65,9 @@ def read_npy(path: Path) -> Source:
     return Source(images, None, changes=_rounded(stored))
 
 
-def read_npz(path: Path) -> Source:
+def read_npz(path: str | Path) -> Source:
     """Images and labels from a `.npz`, by the names of its arrays."""
+    path = Path(path)
     with reading(path), zipfile.ZipFile(path) as archive:
         entries = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
 
@@ -89,14 +91,16 @@ def read_npz(path: Path) -> Source:
     return Source(images, labels, rest[0] if rest else None, held_out_labels, changes=(*_rounded(pixels), *unread))
 
 
-def find_idx(folder: Path) -> Path | None:
+def find_idx(folder: str | Path) -> Path | None:
     """The training images of a folder in MNIST's format."""
+    folder = Path(folder)
     names = [f"train-images{dot}idx3-ubyte{gz}" for dot in "-." for gz in ("", ".gz")]
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def read_idx(path: Path) -> Source:
+def read_idx(path: str | Path) -> Source:
     """The images of one IDX file, with the labels and the test images that stand beside it under MNIST's names."""
+    path = Path(path)
 
     def both(images: Path) -> tuple[np.ndarray, np.ndarray | None]:
         labels = _beside(images, ("images", "labels"), ("idx3", "idx1"))
@@ -107,15 +111,17 @@ def read_idx(path: Path) -> Source:
     return Source(*both(path), held_out, held_out_labels)
 
 
-def is_cifar(folder: Path) -> bool:
+def is_cifar(folder: str | Path) -> bool:
     """Whether a folder holds CIFAR-10 or CIFAR-100 in the binary version."""
+    folder = Path(folder)
     return any(folder.glob("data_batch_*.bin")) or (
         (folder / "train.bin").is_file() and (folder / "test.bin").is_file()
     )
 
 
-def read_cifar(folder: Path) -> Source:
+def read_cifar(folder: str | Path) -> Source:
     """CIFAR-10, or CIFAR-100 with its fine labels, in the binary version: records of labels, then three planes."""
+    folder = Path(folder)
     batches = sorted(folder.glob("data_batch_*.bin"))
     classes, tests, names = (10, "test_batch.bin", "batches.meta.txt")
     if not batches:
@@ -150,8 +156,9 @@ def read_cifar(folder: Path) -> Source:
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: str | Path) -> Iterator[None]:
     """Turn what a file that is missing, unreadable or damaged raises into a `ValueError` of one line."""
+    path = Path(path)
     try:
         yield
     except (EOFError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile, NotImplementedError, RuntimeError) as error:

@@ -79,7 +79,7 @@ def index_of(name: str) -> str:
     return f"{name}.index.json"
 
 
-def open_tensors(folder: Path, name: str) -> dict[str, Stored]:
+def open_tensors(folder: str | Path, name: str) -> dict[str, Stored]:
     """Every tensor of the file `name` in `folder`, or of the files in its index; only headers are read.
 
     Raises `FileNotFoundError` where there is neither, and `ValueError` for pickles, for files that are broken or made
@@ -87,6 +87,7 @@ def open_tensors(folder: Path, name: str) -> dict[str, Stored]:
     not fit them, unknown dtypes, duplicate keys), for an index that disagrees with its files, and for one that leads
     out of the folder.
     """
+    folder = Path(folder)
     single, index = folder / name, folder / index_of(name)
     if single.is_file() and index.is_file():
         raise ValueError(f"{folder} holds both {name} and {index.name}; remove the one that is out of date")
@@ -103,15 +104,16 @@ def open_tensors(folder: Path, name: str) -> dict[str, Stored]:
     raise FileNotFoundError(f"{folder} holds no {name}; expected a folder written by save_pretrained")
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: str | Path) -> dict[str, Any]:
     """The object in a JSON file. Raises `ValueError` for any other content and for duplicate keys."""
+    file = Path(file)
     if file.stat().st_size > LIMIT:
         raise ValueError(f"{file} has {file.stat().st_size:,} bytes; expected at most {LIMIT:,}")
     return _object(file.read_bytes(), file)
 
 
 def write_tensors(
-    folder: Path,
+    folder: str | Path,
     name: str,
     tensors: Sequence[Tensor],
     texts: Mapping[str, str],
@@ -125,6 +127,7 @@ def write_tensors(
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}; it must be at least 1")
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stem, shards = name.removesuffix(".safetensors"), _shards(tensors, max_shard_bytes)
     count = len(shards)

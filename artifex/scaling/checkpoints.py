@@ -104,7 +104,7 @@ class Checkpoints:
         try:
             if jax.process_index() == 0:  # Orbax lets no process start before this one comes
                 self._sweep()
-                self._set_aside(step)
+                self.set_aside(step)
                 attempt.mkdir(parents=True)
             self._orbax.save(attempt / _ARRAYS, args=ocp.args.PyTreeSave(_nested(arrays)))
         except OSError as error:
@@ -210,7 +210,10 @@ class Checkpoints:
             _LOG.info("removing %s: its save was never finished", leftover)
             _remove(leftover)
 
-    def _set_aside(self, step: int) -> None:
+    def set_aside(self, step: int) -> None:
+        """Rename the folders of `step` and of all after it, to "<step>.left-<n>"; none of them is a step any more."""
+        if jax.process_index() != 0:
+            return
         for known in self._folders():
             if known >= step:
                 names = (f"{known}.left-{n}" for n in itertools.count(1))

@@ -42,8 +42,9 @@ def check_metadata(value: Any, where: str = "metadata") -> None:
         )
 
 
-def seal(folder: Path, body: Mapping[str, Any]) -> None:
+def seal(folder: str | Path, body: Mapping[str, Any]) -> None:
     """Write `body`, with size and checksum of every file now under `folder`, to its manifest."""
+    folder = Path(folder)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in paths
@@ -57,8 +58,9 @@ def seal(folder: Path, body: Mapping[str, Any]) -> None:
     sync(folder)
 
 
-def sync(folder: Path) -> None:
+def sync(folder: str | Path) -> None:
     """Let the names in `folder`, not only the contents of its files, survive a power cut."""
+    folder = Path(folder)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -66,8 +68,9 @@ def sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(folder: str | Path) -> dict[str, Any]:
     """The manifest of `folder`. Raises `CheckpointError` where there is none, or not the one that was written."""
+    folder = Path(folder)
     path = folder / NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -82,8 +85,9 @@ def read(folder: Path) -> dict[str, Any]:
     return content
 
 
-def wrong_size(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None:
+def wrong_size(folder: str | Path, name: str, entry: Mapping[str, Any]) -> str | None:
     """What is wrong with the file `name` at a glance, or None."""
+    folder = Path(folder)
     try:
         size = (folder / name).stat().st_size
     except (FileNotFoundError, NotADirectoryError):
@@ -91,8 +95,9 @@ def wrong_size(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None:
     return None if size == entry["size"] else f"{name} has {size} bytes instead of {entry['size']}"
 
 
-def damage(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None:
+def damage(folder: str | Path, name: str, entry: Mapping[str, Any]) -> str | None:
     """What is wrong with the file `name` once all of it is read, or None."""
+    folder = Path(folder)
     problem = wrong_size(folder, name, entry)
     if problem is None and _sha256(folder / name) != entry["sha256"]:
         problem = f"{name} is damaged: its content does not match its checksum"

@@ -6,12 +6,13 @@ and XLA places the rest.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import numbers
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -108,6 +109,19 @@ def _fill(sizes: dict[str, int], device_count: int) -> tuple[int, ...]:
         return tuple(sizes.values())
     have = f"have the product {known}, which does not divide" if open_axes else f"multiply to {known}, not to"
     raise ValueError(f"sizes {written} {have} the {device_count} devices; {_remedy(sizes, device_count)}")
+
+
+@contextlib.contextmanager
+def simulation_hint(device_config: DeviceConfig, device_count: int) -> Iterator[None]:
+    """Within it, a `ValueError` about a mesh of more devices than a CPU shows says how a CPU simulates them."""
+    try:
+        yield
+    except ValueError as error:
+        sizes = device_config.mesh_shape or [getattr(device_config, axis) for axis in SIZE_AXES]
+        wanted = math.prod(size for size in sizes if size > 0)
+        if wanted <= device_count or jax.default_backend() != "cpu":
+            raise
+        raise ValueError(f"{error}; or simulate {wanted} on a CPU: JAX_NUM_CPU_DEVICES={wanted}") from None
 
 
 def _remedy(sizes: dict[str, int], device_count: int) -> str:

@@ -92,7 +92,7 @@ class ImageTask:
         field = "bits_per_dim" if "bits_per_dim" in metrics else "loss"
         return Score(field, 1.0, field.replace("_", " "))
 
-    def save_beside(self, folder: Path) -> None:
+    def save_beside(self, folder: str | Path) -> None:
         """The names of the classes, of a model that has classes."""
         if self.config.model.spec().num_classes:
             save_classes(self.corpus.class_names, folder)

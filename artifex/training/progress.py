@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from artifex.cli import silence
+
 LINES = 20  # plain lines in a whole run, where there is no terminal
 
 
+class _Console(Console):
+    """One whose reader may go away (`| head`): then nothing more is printed, and the run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        silence()
+
+
 class Report:
-    """A bar with ETA, loss, tokens/s and time spent waiting for data; `line` prints above it."""
+    """A bar with ETA, loss, tokens/s and time spent waiting for data; `line` prints above it, or before it is there."""
 
     def __init__(self, start: int, steps: int, *, bar: bool):
-        self.console = Console(highlight=False, soft_wrap=True, force_jupyter=False)
+        self.console = _Console(highlight=False, soft_wrap=True, force_jupyter=False)
         self.steps, self.began, self.start, self.printed = steps, time.perf_counter(), start, start
         self.bar, self.status = None, "compiling"
         if bar and self.console.file.isatty():  # a notebook asks for colours and is no terminal
@@ -32,7 +43,12 @@ class Report:
             )
             self.task = self.bar.add_task("training", total=steps, completed=start, status=self.status)
 
+    def busy(self, what: str) -> contextlib.AbstractContextManager[object]:
+        """While something takes long before the bar is there: says what, where there is a terminal."""
+        return self.console.status(what) if self.console.is_terminal else contextlib.nullcontext()
+
     def __enter__(self) -> Report:
+        self.began = time.perf_counter()
         if self.bar:
             self.bar.start()
         return self

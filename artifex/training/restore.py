@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from artifex.config import Config
+from artifex.models.weights import holds_weights
 from artifex.models.weights_config import spec_of
 from artifex.scaling import manifest
 from artifex.scaling.axes import Rules
@@ -95,7 +97,10 @@ class SavedStep:
 
 
 def find_step(path: str | os.PathLike[str], step: int | None = None) -> SavedStep:
-    """The step that `restore` reads of `path`. Reads no array but to verify it, and changes nothing."""
+    """The step that `restore` reads of `path`. Reads no array but to verify it, and changes nothing.
+
+    A newer step that is damaged is named on stderr.
+    """
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is no folder; expected a run, its checkpoints, or one step of them")
@@ -106,9 +111,13 @@ def find_step(path: str | os.PathLike[str], step: int | None = None) -> SavedSte
         if step is None:
             step, skipped = checkpoints.newest_restorable()
             if step is None and skipped:
-                raise CheckpointError(f"{path} holds no step that can be restored: {skipped[0]}")
+                weights = folder.parent / "weights"
+                instead = f"; {weights} has the weights alone" if holds_weights(weights) else ""
+                raise CheckpointError(f"no step of {path} can be restored: {'; '.join(skipped)}{instead}")
             if step is None:
-                raise FileNotFoundError(f"{path} holds no complete checkpoint yet; train it further first")
+                raise FileNotFoundError(f"{path} holds no checkpoint yet; train it further first")
+            for problem in skipped:
+                print(f"{problem}; step {step} is taken", file=sys.stderr)
         elif step not in checkpoints.steps():
             raise ValueError(f"{path} holds no checkpoint of step {step}; it has {checkpoints.steps()}")
         return SavedStep(folder, step, _config_of(folder, step, checkpoints.metadata(step)))

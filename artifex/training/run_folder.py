@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from artifex.config import Config
+from artifex.models.weights import holds_weights
 from artifex.training.task import Metrics, Score
 
 FIXED = {
@@ -21,12 +22,13 @@ FIXED = {
 
 
 class RunFolder:
-    """Everything a run writes below `path`; `weights/` and `loss.png` at its end."""
+    """Everything a run writes below `path`; `weights/` and, last of all, `loss.png` at its end."""
 
     TOKENIZER = "tokenizer.json"
+    PROMPT = "prompt.txt"  # what samples continue where nothing else is asked for
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: str | Path):
+        self.path = path = Path(path)
         self.config = path / "config.json"
         self.metrics = path / "metrics.jsonl"
         self.picture = path / "loss.png"
@@ -48,10 +50,22 @@ class RunFolder:
         return []
 
     def begin(self, config: Config, step: int) -> None:
-        """Write the resolved configuration, which alone repeats the run, and drop the metrics after `step`."""
+        """Write the resolved configuration, which alone repeats the run, and drop what was written after `step`.
+
+        Called when the first step is done: a start that fails leaves the folder as it was.
+        """
         self.samples.mkdir(parents=True, exist_ok=True)
         config.save(self.config)
-        self._keep_metrics_up_to(step)
+        self.keep_metrics_up_to(step)
+        self.picture.unlink(missing_ok=True)  # it is drawn last, so where it is nothing is missing
+
+    def is_finished(self) -> bool:
+        """Whether the run's last step left all it leaves: weights, and the curve, which is drawn after all else."""
+        return self.picture.exists() and holds_weights(self.weights)
+
+    def has_line(self, step: int, split: str) -> bool:
+        """Whether `metrics.jsonl` has a line of `split` at `step`."""
+        return any(record["step"] == step and record["split"] == split for record in self.read_metrics())
 
     def _compare(self, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         broken, changes = [], []
@@ -71,7 +85,7 @@ class RunFolder:
             )
         return changes
 
-    def _keep_metrics_up_to(self, step: int) -> None:
+    def keep_metrics_up_to(self, step: int) -> None:
         """Drop the lines a resumed run will write again, and a last line that was cut off."""
         if not self.metrics.exists():
             return
@@ -98,7 +112,7 @@ class RunFolder:
         return self.samples / f"step-{step:07d}{ending}"
 
     def plot(self, score_of: Callable[[Metrics], Score]) -> None:
-        """Draw the score of both splits over the steps, to `loss.png`."""
+        """Draw the score of both splits over the steps, to `loss.png`, which appears whole or not at all."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -122,4 +136,6 @@ class RunFolder:
         axes.set(xlabel="step", ylabel=score.unit)
         axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(self.picture, dpi=120)
+        whole = self.picture.with_name(f".{self.picture.name}")
+        figure.savefig(whole, dpi=120, format="png")
+        whole.replace(self.picture)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Task(Protocol):
         """What to show of a model that reports these metrics."""
         ...
 
-    def save_beside(self, folder: Any) -> None:
+    def save_beside(self, folder: str | Path) -> None:
         """Write to `folder` what samples from its weights need besides them."""
         ...
 

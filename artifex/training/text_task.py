@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import jax
 from artifex.config import Config
 from artifex.data.batches import Batches, validation_batches
 from artifex.data.text import TextCorpus, load_text
-from artifex.data.tokenizers import save_tokenizer
+from artifex.data.tokenizers import REPLACEMENT, save_tokenizer
 from artifex.training.run_folder import RunFolder
 from artifex.training.task import Batch, Metrics, Score
+
+PROMPT = 40  # characters of the held-out text that a prompt has at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +31,8 @@ class TextTask:
 
     @classmethod
     def open(cls, config: Config, folder: RunFolder) -> TextTask:
-        """Read the configured text. Raises `ValueError` for a source that is none, and for a vocabulary too small."""
+        """Read the configured text. Raises `ValueError` for a source that is none, for text shorter than a window, and
+        for a vocabulary too small."""
         corpus = load_text(
             config.data.source,
             tokenizer=config.data.tokenizer,
@@ -42,7 +46,9 @@ class TextTask:
                 f"model.vocab_size is {rows}, but data.tokenizer {config.data.tokenizer!r} has {corpus.vocab_size} "
                 f"tokens; set model.vocab_size to at least {corpus.vocab_size}"
             )
-        return cls(config, corpus)
+        task = cls(config, corpus)
+        task.windows()  # a text shorter than one is refused here
+        return task
 
     @property
     def per_step(self) -> int:
@@ -51,6 +57,10 @@ class TextTask:
 
     def batches(self, start: int) -> Any:
         """Windows in the order of (seed, step)."""
+        return self.windows().stream(start)
+
+    def windows(self) -> Batches:
+        """Every training batch, by its step."""
         return Batches(
             self.corpus.train,
             batch_size=self.config.training.batch_size,
@@ -59,7 +69,7 @@ class TextTask:
             vocab_size=self.corpus.vocab_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-        ).stream(start)
+        )
 
     def validation(self, count: int | None) -> Iterator[Batch]:
         """Windows spread over the held-out files, `count` batches of them; None: each held-out token but the first."""
@@ -80,26 +90,40 @@ class TextTask:
             return Score(field, 1 / math.log(2) / known, "bits per byte")
         return Score(field, 1 / math.log(2), "bits per token")
 
-    def save_beside(self, folder: Path) -> None:
-        """The tokenizer."""
-        save_tokenizer(self.corpus.tokenizer, folder / RunFolder.TOKENIZER)
+    @property
+    def prompt(self) -> str:
+        """What samples continue: as configured, or how the held-out text begins, up to a word's end."""
+        if self.config.training.sample_prompt is not None:
+            return self.config.training.sample_prompt
+        if self.corpus.source == "stdlib":
+            return "def "
+        text = self.corpus.tokenizer.decode(self.corpus.validation[: 4 * PROMPT]).rstrip(REPLACEMENT)
+        if self.corpus.validation_files[0].endswith("]"):  # the end of a file that was cut, anywhere
+            text = next((rest for mark in "\n " if (rest := text.partition(mark)[2].strip())), text)
+        line = text.strip().partition("\n")[0][:PROMPT]
+        return line.rpartition(" ")[0] or line or "\n"
+
+    def save_beside(self, folder: str | Path) -> None:
+        """The tokenizer, and the prompt."""
+        save_tokenizer(self.corpus.tokenizer, Path(folder) / RunFolder.TOKENIZER)
+        (Path(folder) / RunFolder.PROMPT).write_text(self.prompt, encoding="utf-8")
 
     def look(self, model: Any, folder: RunFolder, step: int) -> None:
-        """A continuation of the configured prompt."""
-        folder.sample(step, ".txt").write_text(self.continuation(model))
+        """A continuation of the prompt."""
+        folder.sample(step, ".txt").write_text(self.continuation(model), encoding="utf-8")
 
     def continuation(self, model: Any) -> str:
         """The prompt and what the model makes of it; empty where no room is left for new tokens."""
         cfg, tokenizer = self.config.training, self.corpus.tokenizer
-        prompt = tokenizer.encode(cfg.sample_prompt)[None]
+        prompt = tokenizer.encode(self.prompt)[None]
         room = min(cfg.sample_tokens, self.config.model.spec().sequence_length - prompt.shape[1])
         if room < 1:
             return ""
         drawn = model.sample(jax.random.key(cfg.seed), prompt=prompt, num_tokens=room, temperature=0.7, top_p=0.95)
-        return cfg.sample_prompt + tokenizer.decode(jax.device_get(drawn)[0])
+        return self.prompt + tokenizer.decode(jax.device_get(drawn)[0])
 
     def conclude(self, model: Any, folder: RunFolder, step: int) -> tuple[Metrics, list[str]]:
         """The last sample, and the command that draws more."""
-        text = folder.sample(step, ".txt").read_text().rstrip()
-        command = f'python -m artifex.sample {folder.path} --prompt "{self.config.training.sample_prompt}"'
+        text = folder.sample(step, ".txt").read_text(encoding="utf-8").rstrip()
+        command = f"python -m artifex.sample {folder.path} --prompt {shlex.quote(self.prompt)}"
         return {}, ([f"\n{text}\n"] if text else []) + [f"sample from it:  {command}"]
