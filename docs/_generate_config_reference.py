@@ -63,7 +63,22 @@ python -m artifex.train configs/linear_config.json --training.steps 500 --device
 Every field is an option `--section.field VALUE` or `--section.field=VALUE`, with hyphens or underscores, and
 wins over the file. Where a field may be `none`, `none` is how it is typed (`null` in a file). `--print-config`
 prints the whole result as YAML, `--dry-run` what it would take, `--help` every option; all answer to the same
-file and options as the run would. Whatever is wrong ends with exit code 2 and one line.
+file and options as the run would. Words of other programs are answered with ours: `--lr` with
+`--optimizer.learning-rate`.
+
+| exit code | means |
+| --- | --- |
+| 0 | the run is done, its weights, scores and curve are made; a reader who left, such as `head`, is no error |
+| 2 | something to mend: one line says what. The run's folder is as it was |
+| 1 | the run failed: a loss that is not finite, memory, damaged checkpoints, a full disk. What was saved stays |
+| 130, 143 | Ctrl-C or SIGTERM (128 + its number) |
+
+A signal before the first step, or while a finished run is scored, ends the program at once, also in the middle of a
+compilation. While it trains, the step at hand is finished and saved first; a second signal, a second later, does not
+wait for that. The same command goes on, and makes what is missing of a finished run. Where checkpoints are there and
+all are damaged, a run does not start anew by itself: `--start-anew` does, and renames them.
+
+What XLA logs is not shown; `TF_CPP_MIN_LOG_LEVEL=0` shows it.
 
 ## Python
 

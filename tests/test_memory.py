@@ -16,12 +16,12 @@ from artifex.training.task import batch_shapes
 
 
 def config(rows: int = 64, **sections) -> Config:
-    sizes = {"embed_dim": 16, "num_layers": 2, "num_heads": 2, "head_dim": 8, "mlp_dim": 32, "sequence_length": 32}
+    sizes = {"embed_dim": 16, "num_layers": 1, "num_heads": 2, "head_dim": 8, "mlp_dim": 32, "sequence_length": 32}
     base = {
         "model": {"name": "llama-nano", **sizes},
         "data": {"sequence_length": 32},
         "training": {"batch_size": rows, "validation_batches": 1},
-        "optimizer": {"name": "adamw"},
+        "optimizer": {"name": "sgd"},
         "logging": {"progress": False},
     }
     return Config.from_dict({key: base.get(key, {}) | sections.get(key, {}) for key in {**base, **sections}})

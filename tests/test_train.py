@@ -286,7 +286,7 @@ def test_a_mesh_larger_than_a_cpu_shows_says_how_to_simulate_it(source, device):
 
 
 def test_a_mesh_smaller_than_the_devices_is_not_to_be_simulated(source):
-    with pytest.raises(ValueError, match=r"set fsdp=8 or fsdp=-1$"):
+    with pytest.raises(ValueError, match=r"set data=2 or data=-1$"):
         train.plan_of(config(source, device={"fsdp": 4}), 8)
 
 

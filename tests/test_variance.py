@@ -129,7 +129,7 @@ def test_the_squared_error_trains_the_prediction_and_the_bound_the_variance_alon
     np.testing.assert_array_equal(network["mse"]["v"][...], 0)
     np.testing.assert_array_equal(network["vlb"]["gain"][...], 0)
     np.testing.assert_allclose(network["loss"]["gain"][...], network["mse"]["gain"][...], rtol=1e-5)
-    np.testing.assert_allclose(network["loss"]["v"][...], 0.001 * network["vlb"]["v"][...], rtol=1e-5)
+    np.testing.assert_allclose(network["loss"]["v"][...], 0.001 * network["vlb"]["v"][...], rtol=1e-3)
     assert np.abs(network["vlb"]["v"][...]).min() > 0
 
 

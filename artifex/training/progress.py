@@ -28,7 +28,7 @@ class Report:
     def __init__(self, start: int, steps: int, *, bar: bool):
         self.console = _Console(highlight=False, soft_wrap=True, force_jupyter=False)
         self.steps, self.began, self.start, self.printed = steps, time.perf_counter(), start, start
-        self.bar, self.status = None, "compiling"
+        self.bar, self.status = None, "first steps"
         if bar and self.console.file.isatty():  # a notebook asks for colours and is no terminal
             self.bar = Progress(
                 TextColumn("training"),

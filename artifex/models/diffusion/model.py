@@ -224,9 +224,10 @@ def _sample(
     noise = jax.random.normal(start_key, (count, cfg.image_size, cfg.image_size, cfg.in_channels))
     x_T = process.sigma(jnp.asarray(times[0])) * noise
 
+    def denoise(x: jax.Array, t_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return model.denoise_and_vary(network, x, t_B, condition)
+
     # a variance is for the ancestral step alone; the others follow the probability flow, which has none
-    varies = sampler == "ddpm" and model.cfg.learns_variance
-    draw: Any
-    draw, denoise = (variance.ddpm, model.denoise_and_vary) if varies else (SAMPLERS[sampler], model.denoise)
-    x0 = draw(lambda x, t_B: denoise(network, x, t_B, condition), x_T, process, times, sampler_key)
-    return model.decode(x0)
+    if sampler == "ddpm" and model.cfg.learns_variance:
+        return model.decode(variance.ddpm(denoise, x_T, process, times, sampler_key))
+    return model.decode(SAMPLERS[sampler](lambda x, t_B: denoise(x, t_B)[0], x_T, process, times, sampler_key))
