@@ -1,6 +1,8 @@
 """Every python block of the documentation runs, in order, and prints what the page says it prints."""
 
+import platform
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from artifex.config import Config, DeviceConfig
+from artifex.data.text import load_text
 from artifex.scaling import sharding
 from artifex.scaling.axes import ACTIVATION_AXES, WEIGHT_AXES
 from artifex.scaling.mesh_utils import create_device_mesh, setup_mesh
@@ -47,7 +50,7 @@ def test_every_block_runs_and_prints_what_the_page_shows(page, tmp_path, monkeyp
 
 def table(page: str, heading: str, number: int = 0) -> list[list[str]]:
     """The cells of the number-th table below a heading of a page, without its head."""
-    section = (ROOT / page).read_text().split(f"\n{heading}\n")[1].split("\n## ")[0]
+    section = f"\n{(ROOT / page).read_text()}".split(f"\n{heading}\n")[1].split("\n## ")[0]
     rows = re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE)[number].splitlines()[2:]
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
 
@@ -97,6 +100,21 @@ def test_each_error_on_the_scaling_page_is_what_the_code_says():
 def test_the_scaling_page_has_each_name_with_its_sentence():
     for number, axes in enumerate([WEIGHT_AXES, ACTIVATION_AXES]):
         assert table("docs/scaling.md", "## Names", number) == [[f"`{name}`", what] for name, what in axes.items()]
+
+
+def test_the_quickstarts_figures_are_above_those_of_the_compressors_on_this_python():
+    rows = table("README.md", "## Train")
+    assert rows == table("docs/quickstart.md", "# Quickstart"), "one table on both pages"
+    minor = ".".join(platform.python_version_tuple()[:2])
+    if minor not in {version for version, *_ in rows}:
+        pytest.skip(f"the pages have no figures of Python {minor}")
+    ours, *shown = next([float(cell.strip("*")) for cell in cells] for version, *cells in rows if version == minor)
+    compressors = runpy.run_path(str(ROOT / "benchmarks/compressors.py"))["COMPRESSORS"]
+    content = load_text("stdlib").validation.tobytes()
+    for name, figure in zip(("xz -9e", "bz2", "gzip -9"), shown, strict=True):
+        # 0.02: another patch release has a few other bytes
+        assert figure == pytest.approx(8 * len(compressors[name](content)) / len(content), abs=0.02), name
+        assert ours < figure
 
 
 def test_the_install_page_has_every_extra():
