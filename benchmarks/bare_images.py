@@ -25,6 +25,7 @@ Tree = Any
 Batch = dict[str, jax.Array]
 NHWC = ("NHWC", "HWIO", "NHWC")
 SEEN = np.zeros((1, 1), np.float32)  # nothing is hidden from any query
+VALIDATION = jax.random.fold_in(jax.random.key(0), 0)  # of the noise of the first batch
 
 
 class Model(NamedTuple):
@@ -39,10 +40,11 @@ def diffusion(predict: Callable, dtype: str, classes: int = 0) -> Model:
     log_a = np.cumsum(np.log1p(-np.linspace(1e-4, 0.02, 1_000))).astype(np.float32)
 
     def draw(batch: Batch, key: jax.Array | None = None) -> Tree:
-        keys = jax.random.split(jax.random.key(0) if key is None else key, 4)
+        keys = jax.random.split(VALIDATION if key is None else key, 4)
         shape = batch["image"].shape
-        offset = 0.5 if key is None else jax.random.uniform(keys[1])
-        time_B = jnp.minimum(1_000 * (jnp.arange(shape[0]) + offset) / shape[0], 999).astype(jnp.int32)
+        of_place, of_order = jax.random.split(keys[1])
+        parts_B = (jnp.arange(shape[0]) + 1 - jax.random.uniform(of_place)) / shape[0]
+        time_B = jnp.minimum(1_000 * jax.random.permutation(of_order, parts_B), 999).astype(jnp.int32)
         drawn = {"time": time_B, "eps": jax.random.normal(keys[0], shape)}
         if classes:
             dropped_B = jax.random.bernoulli(keys[2], 0.1, shape[:1]) & (key is not None)
@@ -263,7 +265,7 @@ def vae(latent: int, levels: int, dtype: str) -> Model:
     """Strided convolutions to a Gaussian vector and back to the probability of each pixel's level."""
 
     def draw(batch: Batch, key: jax.Array | None = None) -> Tree:
-        return {"eps": jax.random.normal(jax.random.key(0) if key is None else key, (batch["image"].shape[0], latent))}
+        return {"eps": jax.random.normal(VALIDATION if key is None else key, (batch["image"].shape[0], latent))}
 
     def loss(params: Tree, batch: Batch, drawn: Tree) -> jax.Array:
         params = jax.tree.map(lambda value: value.astype(dtype), params)
