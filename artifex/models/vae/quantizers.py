@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from artifex.models.layers import statistic
+from artifex.models.layers import statistic, take_rows
 
 SMOOTHING = 1e-5  # Laplace's, in uses of a code
 EDGE = 1e-3  # FSQ's tanh reaches this fraction beyond the outermost levels, so that they are more than limits
@@ -82,7 +82,7 @@ class VectorQuantizer(nnx.Module):
 
     def vectors(self, codes: jax.Array) -> jax.Array:
         """Entries (..., Z) of codes (...)."""
-        return self.codebook[codes]
+        return take_rows(self.codebook, codes)
 
     def _revive(self, z_SZ: jax.Array, weights_B: jax.Array, key: jax.Array) -> None:
         counts_K = self.counts[...]
