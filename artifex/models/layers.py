@@ -53,10 +53,10 @@ class Statistic(Buffer):
     """
 
 
-def statistic(value: jax.Array, *names: str) -> Statistic:
-    """A `Statistic` whose metadata names each dim of `value`, as `parameter` does."""
-    axes.check_names(names, value.shape, "statistic")
-    return Statistic(_strong(value), out_sharding=names, eager_sharding=False)
+def buffer(value: jax.Array, *names: str, kind: type[Buffer] = Buffer) -> Buffer:
+    """A `Buffer`, or a `Statistic`, whose metadata names each dim of `value`, as `parameter` does."""
+    axes.check_names(names, value.shape, "buffer")
+    return kind(_strong(value), out_sharding=names, eager_sharding=False)
 
 
 def freeze(module: nnx.Module) -> nnx.Module:

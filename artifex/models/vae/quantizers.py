@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from artifex.models.layers import statistic, take_rows
+from artifex.models.layers import Statistic, buffer, take_rows
 
 SMOOTHING = 1e-5  # Laplace's, in uses of a code
 EDGE = 1e-3  # FSQ's tanh reaches this fraction beyond the outermost levels, so that they are more than limits
@@ -56,8 +56,9 @@ class VectorQuantizer(nnx.Module):
 
     def __init__(self, codes: int, latent_dim: int, *, decay: float, revive_below: float, rngs: nnx.Rngs):
         self.width, self.decay, self.revive_below = latent_dim, decay, revive_below
-        self.counts = statistic(jnp.zeros(codes), "codes")
-        self.sums = statistic(jax.random.normal(rngs.params(), (codes, latent_dim)), "codes", "latent")
+        self.counts = buffer(jnp.zeros(codes), "codes", kind=Statistic)
+        start = jax.random.normal(rngs.params(), (codes, latent_dim))
+        self.sums = buffer(start, "codes", "latent", kind=Statistic)
 
     def __call__(self, z_BHWZ: jax.Array, weights_B: jax.Array, key: jax.Array | None = None) -> Quantized:
         """Quantize; with a `key`, move the codebook by the images whose weight is not 0."""

@@ -16,7 +16,7 @@ from flax import nnx
 
 from artifex.models.batch import check_images
 from artifex.models.convolution import Conv
-from artifex.models.layers import statistic
+from artifex.models.layers import Statistic, buffer
 from artifex.models.vae.config import VQConfig
 from artifex.models.vae.quantizers import FiniteScalarQuantizer, Quantized, VectorQuantizer, perplexity
 from artifex.models.vae.vae import ConvDecoder, ConvEncoder, image_weights, refuse_labels, weighted_mean
@@ -37,7 +37,7 @@ class VQVAE(nnx.Module):
         self.project = Conv(width, self.quantizer.width, 1, names=("conv_in", "latent"), rngs=rngs)
         self.expand = Conv(self.quantizer.width, width, 1, names=("latent", "conv_out"), rngs=rngs)
         self.decoder = ConvDecoder(*sizes, rngs=rngs)
-        self.usage = statistic(jnp.zeros((cfg.latent_size**2, cfg.num_codes)), "positions", "codes")
+        self.usage = buffer(jnp.zeros((cfg.latent_size**2, cfg.num_codes)), "positions", "codes", kind=Statistic)
 
     def encode(self, x_BHWC: jax.Array) -> Quantized:
         """Values, codes (B, H, W) and commitment for images."""
