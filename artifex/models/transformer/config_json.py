@@ -224,6 +224,8 @@ def write_mistral(cfg: DecoderConfig) -> dict[str, Any]:
 
 def write_mixtral(cfg: DecoderConfig) -> dict[str, Any]:
     """The `config.json` of a `MixtralForCausalLM`."""
+    if not cfg.num_experts:
+        raise ValueError("num_experts is 0; a MixtralForCausalLM has at least one, write another layout")
     experts = {"num_local_experts": cfg.num_experts, "num_experts_per_tok": cfg.experts_per_token}
     width = {"intermediate_size": cfg.expert_mlp_dim or cfg.feed_forward}
     balance = {"router_aux_loss_coef": cfg.load_balance_weight}
