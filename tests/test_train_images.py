@@ -290,7 +290,7 @@ def test_reconstructions_show_every_held_out_image_and_nothing_else(tmp_path):
     cfg = config(KL)
     cfg.data.source = str(tmp_path / "white.npz")
     task = ImageTask.open(cfg)
-    rows = sum(float(batch["mask"].sum()) for batch in task.validation())
+    rows = sum(float(batch["mask"].sum()) for batch in task.validation(None))
     assert rows == 3 < cfg.training.batch_size, "the only batch holds rows that are no images"
     task._reconstructions(types.SimpleNamespace(reconstruct=lambda images: images), tmp_path / "final.png")
     picture = matplotlib.image.imread(tmp_path / "final.png")[..., :3]

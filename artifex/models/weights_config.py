@@ -24,8 +24,9 @@ def read_config(folder: str | Path) -> Any:
     return described(Path(folder))[0]
 
 
-def described(folder: Path) -> tuple[Any, Layout | None]:
+def described(folder: str | Path) -> tuple[Any, Layout | None]:
     """The configuration in a folder, and the layout of its tensors; None: our own."""
+    folder = Path(folder)
     file = folder / CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no {CONFIG}; expected a folder written by save_pretrained")

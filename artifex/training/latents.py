@@ -40,12 +40,12 @@ class Moments:
     images: int
 
 
-def as_known(config: Config, file: Path) -> Config:
+def as_known(config: Config, file: str | Path) -> Config:
     """`config` with shift and scale where it leaves them to be measured and they are known already: to the run that
     `file` describes, or to weights that the run starts from, of a network over the latents of the same autoencoder."""
     wanted = getattr(config.model.spec(), "autoencoder", None)
     unknown = [name for name in FIELDS if wanted is not None and getattr(wanted, name) is None]
-    if file.exists():
+    if Path(file).exists():
         known = getattr(Config.from_file(file).model.spec(), "autoencoder", None)
     elif unknown and config.training.start_from is not None:
         known = getattr(open_source(config.training.start_from).spec, "autoencoder", None)
