@@ -45,7 +45,7 @@ class Report:
 
     def busy(self, what: str) -> contextlib.AbstractContextManager[object]:
         """While something takes long before the bar is there: says what, where there is a terminal."""
-        return self.console.status(what) if self.console.is_terminal else contextlib.nullcontext()
+        return self.console.status(what) if self.console.file.isatty() else contextlib.nullcontext()
 
     def __enter__(self) -> Report:
         self.began = time.perf_counter()

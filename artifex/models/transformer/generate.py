@@ -149,9 +149,10 @@ def check_request(
     low, high = (int(prompt.min()), int(prompt.max())) if prompt.size else (0, 0)
     if low < 0 or high >= cfg.vocab_size:
         raise ValueError(f"prompt holds token ids {low} to {high}; the model's vocabulary is 0 to {cfg.vocab_size - 1}")
-    total = prompt.shape[1] + num_tokens
-    if total > cfg.sequence_length:
+    total, room = prompt.shape[1] + num_tokens, cfg.sequence_length - prompt.shape[1]
+    if room < num_tokens:
+        remedy = f"ask for at most {room} new tokens" if room > 0 else "shorten the prompt"
         raise ValueError(
             f"a prompt of {prompt.shape[1]} and {num_tokens} new tokens need {total} positions, the model has "
-            f"{cfg.sequence_length}; ask for at most {cfg.sequence_length - prompt.shape[1]} new tokens"
+            f"{cfg.sequence_length}; {remedy}"
         )
