@@ -106,7 +106,7 @@ class Checkpoints:
                 self._sweep()
                 self.set_aside(step)
                 attempt.mkdir(parents=True)
-            self._orbax.save(attempt / _ARRAYS, args=ocp.args.PyTreeSave(_nested(arrays)))
+            self._orbax.save(attempt / _ARRAYS, args=ocp.args.PyTreeSave(nested(arrays)))
         except OSError as error:
             raise self._unsaved(step, error) from error
         self._pending = step, self._thread.submit(self._finish, step, attempt, body)
@@ -188,7 +188,7 @@ class Checkpoints:
         }
         restored = self._orbax.restore(
             self.folder / str(step) / _ARRAYS,
-            args=ocp.args.PyTreeRestore(_nested(wanted), restore_args=_nested(how), partial_restore=True),
+            args=ocp.args.PyTreeRestore(nested(wanted), restore_args=nested(how), partial_restore=True),
         )
         leaves = _by_path(restored)
         return jax.tree.unflatten(jax.tree.structure(target), [leaves[path] for path in wanted])
@@ -303,7 +303,8 @@ def _by_path(tree: Any, under: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _nested(leaves: dict[str, Any]) -> dict[str, Any]:
+def nested(leaves: dict[str, Any]) -> dict[str, Any]:
+    """Nested dicts of leaves by path, "params/embed/table"."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, name = path.split("/")

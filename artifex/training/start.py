@@ -22,7 +22,7 @@ from artifex.data.tokenizers import ByteTokenizer, load_tokenizer
 from artifex.models.weights import TOKENIZER, described_params, read_some
 from artifex.models.weights_config import read_config
 from artifex.scaling import manifest
-from artifex.scaling.checkpoints import Checkpoints
+from artifex.scaling.checkpoints import Checkpoints, nested
 from artifex.training.frozen import fresh_state
 from artifex.training.restore import SavedStep, find_step
 from artifex.training.state import Blueprint, TrainState, frozen_of, within
@@ -167,7 +167,7 @@ def _of_run(saved: SavedStep) -> Source:
             for part in parts:
                 own = {path: leaf for path, leaf in wanted.items() if where[path] == f"{part}/{path}"}
                 if own:
-                    tree = checkpoints.restore(saved.step, _nested(own), under=part, part=True)
+                    tree = checkpoints.restore(saved.step, nested(own), under=part, part=True)
                     got |= by_path(tree)
         return got
 
@@ -236,17 +236,6 @@ def replaced(tree: Any, arrays: Mapping[str, Any]) -> Any:
     """`tree` with the leaves at the paths in `arrays` replaced."""
     leaves = by_path(tree)
     return jax.tree.unflatten(jax.tree.structure(tree), [arrays.get(path, leaf) for path, leaf in leaves.items()])
-
-
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
 
 
 def _some(lines: list[str]) -> str:
