@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from artifex.data.image_batches import all_images
 from artifex.data.images import load_images
 from artifex.evaluation.grids import save_grid
-from artifex.models.attention import seen
+from artifex.models.attention.tiles import seen
 from artifex.models.diffusion.process import DDPM, EDM, FlowMatching
 from artifex.models.transformer.linear_attention import decays
 from artifex.sample import load

@@ -41,7 +41,7 @@ def directions() -> dict[str, tuple[set[str], set[str]]]:
     """Rule -> the modules it is about, and the modules of this package that they may import."""
     everything, axes, models = set(FILES), {"artifex.scaling.axes"}, those_in("artifex.models")
     families = [
-        those_in(f"artifex.models.{path.parent.name}") for path in (ROOT / "artifex/models").glob("*/__init__.py")
+        those_in(f"artifex.models.{path.parent.name}") for path in (ROOT / "artifex/models").glob("*/config.py")
     ]
     shared = models.difference(*families)
     # train, sample and what else runs as `python -m`

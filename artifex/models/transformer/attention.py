@@ -13,7 +13,8 @@ import numpy as np
 from flax import nnx
 
 from artifex.models import layers
-from artifex.models.attention import attend, dot_product_attention, seen
+from artifex.models.attention import dot_product_attention
+from artifex.models.attention.tiles import attend, seen
 from artifex.models.transformer.config import DecoderConfig
 from artifex.models.transformer.norms import rms_norm
 from artifex.scaling import axes
