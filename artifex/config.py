@@ -25,6 +25,7 @@ from artifex.config_io import (
 )
 from artifex.config_model import MAX_INT, ModelConfig
 from artifex.config_section import Section
+from artifex.scaling.remat import canonical
 
 Int = Annotated[int, Field(le=MAX_INT)]
 
@@ -97,19 +98,33 @@ class TrainingConfig(Section):
         min_length=1,
         description="parameters that stay as they are, by patterns of their paths, as in 'embed/*,norm/*'",
     )
-    compute_dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="of activations; parameters stay float32"
+    param_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="of the parameters between steps; in bfloat16 an update below 1/256 of a weight is rounded away",
     )
-    remat: Literal["none", "dots", "full"] = Field(
+    compute_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of activations, and of parameters where they are multiplied"
+    )
+    gradient_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of gradients as microbatches add them up and the optimizer takes them"
+    )
+    reduce_dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None,
+        description="of sums of products across devices; none leaves it to the compiler, which takes compute_dtype",
+    )
+    remat: str = Field(
         default="none",
-        description="what a layer recomputes in the backward pass: nothing, all but its matrix products, or all",
+        description="what a layer's backward pass computes again: none, dots (all but matrix products and attention), "
+        "full, or what is kept by name, as in 'qkv=keep,block=offload'",
     )
     unroll: Annotated[Int, Field(ge=1)] | Literal["auto"] = Field(
-        default="auto", description="layers run per scan iteration, at least 1; 'auto' chooses by depth"
-    )
-    attention: Literal["auto", "tiles", "xla", "cudnn"] = Field(
         default="auto",
-        description="how attention is computed; 'auto': cudnn on a GPU in bfloat16, tiles on a CPU, else xla",
+        description="layers run per scan iteration, at least 1; 'auto': all of up to 16 on one CPU device, else 1",
+    )
+    attention: Literal["auto", "tiles", "blockwise", "splash", "cudnn"] = Field(
+        default="auto",
+        description="how attention is computed; 'auto': splash on a TPU, cudnn on a GPU for what it takes, tiles on "
+        "one CPU device, else blockwise",
     )
     ema_decay: float | None = Field(
         default=None, gt=0, lt=1, description="of a running mean of parameters and codebooks, 0 to 1; none is off"
@@ -140,6 +155,17 @@ class TrainingConfig(Section):
         description="images drawn at the end and scored by a classifier of the held-out ones, if they have labels; 0 "
         "is none",
     )
+
+    @field_validator("remat", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        """A mapping from name to fate may stand for the text."""
+        if not isinstance(value, str | dict):
+            return value
+        try:
+            return canonical(value)
+        except ValueError as error:
+            raise ConfigError(str(error).removeprefix("remat ")) from None
 
     @field_validator("freeze", mode="before")
     @classmethod

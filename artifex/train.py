@@ -245,7 +245,7 @@ def fit(run: Run, run_step: Callable[[TrainState, Any], Any], meter: Meter) -> T
                     )
                     saved = step
                     if step < cfg.steps and not stop:
-                        task.look(blue.model(state), run.folder, step)
+                        blue.run(state, task.look, run.folder, step)
         batches.close()
         run.checkpoints.wait()
     if stop:
@@ -307,14 +307,14 @@ def finish(run: Run, state: TrainState, meter: Meter) -> None:
     from artifex.models.weights import save_pretrained
 
     config, folder, report, task = run.config, run.folder, run.report, run.task
-    step, model = config.training.steps, run.blue.model(state)
+    step = config.training.steps
     folder.samples.mkdir(parents=True, exist_ok=True)
     save_pretrained(folder.weights, config.model.name, config.model.spec(), run.blue.tree(state))
     task.save_beside(folder.weights)
     if not folder.has_line(step, "validation"):
         meter.validated(step, *make_validate(run)(state, final=True))
-    task.look(model, folder, step)
-    scores, lines = task.conclude(model, folder, step)
+    run.blue.run(state, task.look, folder, step)
+    scores, lines = run.blue.run(state, task.conclude, folder, step)
     if scores and not folder.has_line(step, "samples"):
         folder.log({"step": step, "split": "samples", **scores})
     folder.plot(task.score)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from artifex.models.attention import dot_product_attention, implementation_for
-from artifex.models.stack import Execution, execution
+from artifex.scaling.execution import Execution, execution
 
 CASES = {
     "all": {},

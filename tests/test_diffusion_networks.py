@@ -17,8 +17,8 @@ from artifex.config import Config
 from artifex.models.diffusion import blocks
 from artifex.models.diffusion.networks import DIT, MMDIT, UNET, DiTConfig, MMDiTConfig, UNetConfig
 from artifex.models.resnet import ResnetBlock
-from artifex.models.stack import Execution, execution
 from artifex.scaling import axes
+from artifex.scaling.execution import Execution, execution
 from artifex.scaling.placement import leaves_with_names, names_of, shapes_of, sharding
 from artifex.scaling.plan import Plan
 

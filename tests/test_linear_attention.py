@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from artifex.models.transformer import linear_attention
+from artifex.models.transformer.attention import Place
 from artifex.models.transformer.config import DecoderConfig
 from artifex.models.transformer.linear_attention import LinearAttention, State, chunked
 
@@ -76,10 +77,10 @@ def test_padding_does_not_reach_the_state(valid):
 def test_a_prompt_and_single_steps_equal_the_whole_sequence():
     layer = LinearAttention(CFG, rngs=nnx.Rngs(0))
     x_BTD = jax.random.normal(jax.random.key(1), (2, 18, 24))
-    step = nnx.jit(lambda layer, x, positions, state, valid: layer(x, positions, state, 0, valid))
+    step = nnx.jit(lambda layer, x, positions, state, valid: layer(x, positions, state, Place(0, 0, valid)))
     whole_BTD, none = nnx.jit(lambda layer, x: layer(x, np.arange(18)))(layer, x_BTD)
     assert none is None
-    state = LinearAttention.empty_cache(CFG, 2, 18, jnp.bfloat16)
+    state = LinearAttention.empty_cache(CFG, 1, 2, 18, jnp.bfloat16)
     prompt = x_BTD.at[:, 13:].set(7.0)[:, :16]  # three positions of padding
     y_BTD, state = step(layer, prompt, jnp.arange(16), state, jnp.int32(13))
     parts = [y_BTD[:, :13]]

@@ -12,9 +12,9 @@ from flax import nnx
 
 from artifex import models
 from artifex.models import layers
-from artifex.models.stack import Execution, execution
 from artifex.models.transformer.generate import pick
 from artifex.optim import inputs_of, matrix_dims
+from artifex.scaling.execution import Execution, execution
 from artifex.scaling.placement import leaves_with_names, names_of, shapes_of
 
 SMALL = {

@@ -18,11 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from artifex.models import cpu
 from artifex.scaling import axes
-
-JOIN_FROM = (
-    64  # rows of a product from which joining kernels pays; for 8 it costs a tenth of decoding, for 1 it saves one
-)
+from artifex.scaling.execution import current_execution
 
 
 def parameter(value: jax.Array, *names: str, inputs: int = 0) -> nnx.Param:
@@ -106,24 +104,43 @@ class Linear(nnx.Module):
 def product(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
     """The last `inputs` dims of x contracted with the first of the kernel.
 
-    On one device a product of two matrices: XLA on a CPU then takes the kernel's gradient without turning activations
-    around, a sixth less time. On a mesh the dims stay apart, because two that are split cannot be merged in place.
+    The dims stay apart, because two that are split cannot be merged in place, but on one CPU device: see
+    `artifex.models.cpu`. Sums across devices, of x W and in both gradients, are taken in the execution's reduce dtype.
     """
-    if axes.active():
+    sums = current_execution().reduce_dtype
+    if sums is not None and jnp.dtype(sums).itemsize > x.dtype.itemsize:
+        return _summed(x, kernel, inputs, sums)
+    if not cpu.merges_dims():
         return jnp.tensordot(x, kernel, inputs)
     rows, outputs = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
     width = math.prod(kernel.shape[:inputs])
     return (x.reshape(-1, width) @ kernel.reshape(width, -1)).reshape(*rows, *outputs)
 
 
-def fused(x: jax.Array, *linears: Linear) -> list[jax.Array]:
-    """The outputs of several linear maps of the last dim of x, on one device by one product of their joined kernels.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _summed(x: jax.Array, kernel: jax.Array, inputs: int, dtype: str) -> jax.Array:
+    return jnp.tensordot(x, kernel, inputs, preferred_element_type=jnp.dtype(dtype)).astype(x.dtype)
 
-    The parameters stay apart, because their names differ. On a mesh, so do the products: joined, a dim that is split
-    would have to be laid out anew. So do those of a few rows, as in
-    decoding several sequences: joining copies the kernels for each.
+
+def _summed_backward(inputs: int, dtype: str, saved: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    (x, kernel), rows = saved, saved[0].ndim - inputs
+    outputs = list(range(inputs, kernel.ndim))
+    product = functools.partial(jnp.tensordot, preferred_element_type=jnp.dtype(dtype))
+    dx = product(g, kernel, (list(range(rows, g.ndim)), outputs))
+    dkernel = product(x, g, (list(range(rows)), list(range(rows))))
+    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
+
+
+_summed.defvjp(lambda x, kernel, inputs, dtype: (_summed(x, kernel, inputs, dtype), (x, kernel)), _summed_backward)
+
+
+def fused(x: jax.Array, *linears: Linear) -> list[jax.Array]:
+    """The outputs of several linear maps of the last dim of x, on one CPU device by one product of their kernels.
+
+    The parameters stay apart, because their names differ, and elsewhere so do the products: joined, a dim that is
+    split would have to be laid out anew.
     """
-    if axes.active() or 1 < math.prod(x.shape[:-1]) < JOIN_FROM:
+    if not cpu.joins(math.prod(x.shape[:-1])):
         return [linear(x) for linear in linears]
     kernel = jnp.concatenate([linear.kernel[...].reshape(x.shape[-1], -1) for linear in linears], axis=-1)
     shapes = [linear.kernel.shape[1:] for linear in linears]

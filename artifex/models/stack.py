@@ -1,64 +1,21 @@
 """Repeated blocks: stacked under a leading `layers` dim, run scanned or unrolled, with or without recomputation.
 
-The stacked tree is the same however it is run, on one device and on a thousand; how it is run is a setting of the step.
+The stacked tree is the same however it is run, on one device and on a thousand; how it is run is the execution's.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-UNROLL_UP_TO = 16  # layers; unrolled is about a tenth faster on a CPU, but its compile time grows with depth
-
-
-@dataclasses.dataclass(frozen=True)
-class Execution:
-    """How blocks run. These settings change time and memory, not values beyond rounding.
-
-    `remat`: what the backward pass computes again: nothing ("none"), all but matrix products ("dots"), or all ("full").
-    `unroll`: layers to an iteration of the scan; "auto" takes all of them up to 16 layers without remat, else 1,
-    because XLA on a CPU saves memory by remat only in scanned layers.
-    `attention`: see `artifex.models.attention.implementation_for`, which "auto" follows.
-    """
-
-    remat: Literal["none", "dots", "full"] = "none"
-    unroll: int | Literal["auto"] = "auto"
-    attention: Literal["auto", "tiles", "xla", "cudnn"] = "auto"
-
-    def layers_at_once(self, num_layers: int) -> int:
-        """`unroll` as a number, at most `num_layers`."""
-        if self.unroll == "auto":
-            return num_layers if num_layers <= UNROLL_UP_TO and self.remat == "none" else 1
-        return min(self.unroll, num_layers)
-
-
-_DEFAULT = Execution()
-_EXECUTION: contextvars.ContextVar[Execution] = contextvars.ContextVar("artifex_execution", default=_DEFAULT)
-
-
-@contextlib.contextmanager
-def execution(how: Execution) -> Iterator[None]:
-    """Run stacks as `how` says.
-
-    Enter it inside the function that is jitted: the cache of `jax.jit` knows no contexts.
-    """
-    token = _EXECUTION.set(how)
-    try:
-        yield
-    finally:
-        _EXECUTION.reset(token)
-
-
-def current_execution() -> Execution:
-    """How blocks run here: what the innermost `execution` says, or the defaults."""
-    return _EXECUTION.get()
+from artifex.models import cpu
+from artifex.scaling import remat
+from artifex.scaling.execution import current_execution
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -72,24 +29,61 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
     return build(rngs)
 
 
-def run_stack(
-    blocks: nnx.Module, x: jax.Array, num_layers: int, apply: Callable, per_layer: Any = None
-) -> tuple[jax.Array, Any]:
+def run_stack(blocks: nnx.Module, x: Any, num_layers: int, apply: Callable, per_layer: Any = None) -> tuple[Any, Any]:
     """x through all blocks: `x, out = apply(block, x, its slice of per_layer)` for each, and the outs stacked.
 
-    `per_layer` is a tree of arrays with a leading `layers` dim (keys, caches), or None.
+    `x` is an array or a tree of arrays, `per_layer` a tree of arrays with a leading `layers` dim (keys), or None.
     """
     graphdef, state = nnx.split(blocks)
-    how = _EXECUTION.get()
+    setting = current_execution().remat
 
-    def body(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, Any]:
+    def body(x: Any, layer: tuple[Any, Any]) -> tuple[Any, Any]:
         params, own = layer
+        x = jax.tree.map(lambda leaf: checkpoint_name(leaf, "block"), x)
         return apply(nnx.merge(graphdef, params), x, own)
 
-    if how.remat != "none":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if how.remat == "dots" else None
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    return jax.lax.scan(body, x, (nnx.to_pure_dict(state), per_layer), unroll=how.layers_at_once(num_layers))
+    if setting != "none":
+        body = jax.checkpoint(body, policy=remat.policy(setting), prevent_cse=False)
+    layers = (nnx.to_pure_dict(state), per_layer)
+    return jax.lax.scan(body, x, layers, unroll=cpu.layers_at_once(num_layers))
+
+
+def stack_states(make: Callable[[int], Any], num_layers: int) -> Any:
+    """States for `stack_with_state`: `make(count)` is a tree of arrays with a leading dim of `count` layers."""
+    return [make(1) for _ in range(num_layers)] if _unrolled(num_layers) else make(num_layers)
+
+
+def stack_with_state(blocks: nnx.Module, num_layers: int, apply: Callable) -> Callable[..., tuple[Any, Any]]:
+    """`run(x, states, *rest) -> (x, states)` through all blocks, for loops that run them often, such as decoding.
+
+    `x, states = apply(block, x, states, layer, *rest)` for each, which reads and writes its own at index `layer` of
+    the leading dim, in place. Scanned, all layers have one tree of states. Unrolled, each has its own and an index 0,
+    and its parameters are cut out of the stack before the loop: on one CPU device that costs their bytes once more and
+    saves cutting them out for every token.
+    """
+    if _unrolled(num_layers):
+        each = unstack(blocks, num_layers)
+
+        def run(x: Any, states: list, *rest: Any) -> tuple[Any, list]:
+            after = []
+            for block, state in zip(each, states, strict=True):
+                x, state = apply(block, x, state, 0, *rest)
+                after.append(state)
+            return x, after
+
+        return run
+
+    graphdef, state = nnx.split(blocks)
+    params = nnx.to_pure_dict(state)
+
+    def scanned(x: Any, states: Any, *rest: Any) -> tuple[Any, Any]:
+        def body(carry: tuple[Any, Any], layer: tuple[Any, jax.Array]) -> tuple[tuple[Any, Any], None]:
+            own, index = layer
+            return apply(nnx.merge(graphdef, own), *carry, index, *rest), None
+
+        return jax.lax.scan(body, (x, states), (params, jnp.arange(num_layers)))[0]
+
+    return scanned
 
 
 def unstack(blocks: nnx.Module, num_layers: int) -> list[nnx.Module]:
@@ -97,3 +91,7 @@ def unstack(blocks: nnx.Module, num_layers: int) -> list[nnx.Module]:
     graphdef, state = nnx.split(blocks)
     params = nnx.to_pure_dict(state)
     return [nnx.merge(graphdef, jax.tree.map(lambda a, i=i: jnp.asarray(a)[i], params)) for i in range(num_layers)]
+
+
+def _unrolled(num_layers: int) -> bool:
+    return cpu.layers_at_once(num_layers) == num_layers

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 WEIGHT_AXES: dict[str, str] = {
     "vocab": "entries of a token table or of an output head",
@@ -265,7 +265,7 @@ def resolve(
     return Resolution(spec, tuple(won), tuple(dict.fromkeys(notes)))
 
 
-# Activations: the step activates rules and mesh while it is traced; outside it, `shard` only checks its names.
+# Activations: an execution activates rules and mesh while it is traced; outside it, `shard` only checks its names.
 _ACTIVE: contextvars.ContextVar[tuple[Rules, Mesh] | None] = contextvars.ContextVar(
     "artifex_activation_rules", default=None
 )
@@ -275,8 +275,8 @@ _ACTIVE: contextvars.ContextVar[tuple[Rules, Mesh] | None] = contextvars.Context
 def activation_rules(rules: Rules, mesh: Mesh) -> Iterator[None]:
     """Let `shard` constrain activations by `rules` on `mesh`.
 
-    Enter it inside the function that is jitted, never around a call of it: the cache of `jax.jit` does not know
-    about contexts and would hand the first layout to the second.
+    `artifex.scaling.execution` enters it, inside the function that is jitted and never around a call of it: the cache
+    of `jax.jit` does not know about contexts and would hand the first layout to the second.
     """
     check_mesh(rules, mesh)
     token = _ACTIVE.set((rules, mesh) if mesh.size > 1 else None)
@@ -286,30 +286,77 @@ def activation_rules(rules: Rules, mesh: Mesh) -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
-def active() -> bool:
-    """Whether activations are being laid out over a mesh: inside `activation_rules`, on more than one device."""
-    return _ACTIVE.get() is not None
+@contextlib.contextmanager
+def no_layout() -> Iterator[None]:
+    """Lay nothing out: for code on one device's part."""
+    token = _ACTIVE.set(None)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The rules at hand, and the mesh as it is here: axes that an enclosing `shard_map` took are no longer free."""
+
+    rules: Rules
+    mesh: Mesh | AbstractMesh
+    free: tuple[str, ...]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Mesh axis -> size, 1 for one that is taken: there is nothing left to split over it."""
+        return {axis: size if axis in self.free else 1 for axis, size in self.mesh.shape.items()}
+
+    def spec(self, names: Names, shape: Sequence[int]) -> PartitionSpec:
+        """Where an activation lives."""
+        return resolve(names, shape, self.rules.activations, self.sizes).spec
+
+    def constrain(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        """x, laid out so."""
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+
+def layout() -> Layout | None:
+    """The layout of activations where this is traced; None on one device, without rules, and on one device's part."""
+    active = _ACTIVE.get()
+    if active is None:
+        return None
+    rules, mesh = active
+    here = jax.sharding.get_abstract_mesh()
+    if here.empty or not here.manual_axes:
+        return Layout(rules, mesh, mesh.axis_names)
+    return Layout(rules, here, tuple(axis for axis in here.axis_names if axis not in here.manual_axes))
 
 
 def activation_axes(name: str, size: int) -> tuple[str, ...]:
-    """The mesh axes that split an activation dim `name` of `size`; () outside `activation_rules`."""
-    active = _ACTIVE.get()
-    if active is None:
+    """The mesh axes that split an activation dim `name` of `size`; () where there is no layout."""
+    now = layout()
+    if now is None:
         return ()
-    rules, mesh = active
-    entry = resolve((name,), (size,), rules.activations, mesh.shape).spec[0]
+    entry = now.spec((name,), (size,))[0]
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def ways(name: str, size: int) -> int:
+    """Into how many parts an activation dim `name` of `size` is split."""
+    now = layout()
+    return 1 if now is None else math.prod(now.sizes[axis] for axis in activation_axes(name, size))
+
+
+def most_ways(name: str) -> int:
+    """Into how many parts the rules would split an activation dim `name` of a size that divides."""
+    now = layout()
+    rules = () if now is None else now.rules.activations
+    return math.prod(now.sizes[axis] for rule in rules if rule.name == name for axis in rule.axes) if now else 1
 
 
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
     """Constrain the layout of an activation by the logical axes of its dims (None: never split).
 
-    Without active rules, on one device, it returns `x`. Raises `ValueError` for unknown names or a wrong count.
+    Without a layout, on one device, it returns `x`. Raises `ValueError` for unknown names or a wrong count.
     """
     check_names(names, x.shape, "activation")
-    active = _ACTIVE.get()
-    if active is None:
-        return x
-    rules, mesh = active
-    spec = resolve(names, x.shape, rules.activations, mesh.shape).spec
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    now = layout()
+    return x if now is None else now.constrain(x, now.spec(names, x.shape))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
 
 from artifex.scaling.axes import Rules, check_mesh
+from artifex.scaling.execution import Execution
 from artifex.scaling.mesh_utils import create_device_mesh, mesh_layout
+from artifex.scaling.remat import canonical
 from artifex.scaling.strategies import combine, strategies_for
 
 if TYPE_CHECKING:
@@ -22,18 +24,19 @@ if TYPE_CHECKING:
 class Plan:
     """How a run is spread. Training, dry run, `explain` and checkpoints know nothing else about parallelism.
 
-    `remat`: what the backward pass of the repeated blocks computes again. `microbatches`: parts a batch is computed
-    in, one after the other, with the same gradient. A plan names no device: it is a small value that can be compared
-    and printed. Raises `ValueError` where the parts do not fit together.
+    `remat`: what the backward pass of the repeated blocks computes again (`artifex.scaling.remat`). `microbatches`:
+    parts a batch is computed in, one after the other, with the same gradient. A plan names no device: it is a small
+    value that can be compared and printed. Raises `ValueError` where the parts do not fit together.
     """
 
     mesh_shape: tuple[int, ...]
     axis_names: tuple[str, ...]
     rules: Rules
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: str = "none"
     microbatches: int = 1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "remat", canonical(self.remat))
         if len(self.mesh_shape) != len(self.axis_names):
             raise ValueError(f"plan has mesh shape {self.mesh_shape} but axis names {self.axis_names}; name each axis")
         if self.microbatches < 1:
@@ -46,7 +49,7 @@ class Plan:
         device: DeviceConfig,
         device_count: int,
         *,
-        remat: Literal["none", "dots", "full"] = "none",
+        remat: str = "none",
         microbatches: int = 1,
     ) -> Plan:
         """The plan of a `device` section on so many devices. Raises `ValueError` where the mesh does not fit them."""
@@ -67,6 +70,10 @@ class Plan:
     def make_mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
         """The mesh over `devices`, or over all there are."""
         return create_device_mesh(self.mesh_shape, self.axis_names, devices=devices)
+
+    def execution(self, mesh: Mesh, **how: Any) -> Execution:
+        """How a model runs by this plan on `mesh`, whose devices may not be there. `how`: the other fields."""
+        return Execution(rules=self.rules, mesh=mesh, remat=self.remat, **how)
 
     def check_batch(self, batch_size: int) -> None:
         """Raise `ValueError` unless every microbatch divides over the devices that split examples."""

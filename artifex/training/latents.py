@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from artifex.config import Config
 from artifex.data.image_batches import to_float
 from artifex.data.images import ImageCorpus
+from artifex.scaling.execution import compiled
 from artifex.training.frozen import differing
 from artifex.training.start import open_source
 from artifex.training.state import Blueprint, TrainState, blueprint
@@ -61,12 +61,13 @@ def settle(blue: Blueprint, state: TrainState, corpus: Corpus) -> tuple[Blueprin
 
     By the autoencoder in `state`, wherever that came from. Without one, nothing.
     """
-    autoencoder = getattr(blue.model(state), "autoencoder", None)
-    if autoencoder is None:
+    cfg = getattr(blue.config.model.spec(), "autoencoder", None)
+    if cfg is None:
         return blue, []
     assert isinstance(corpus, ImageCorpus), "an autoencoder is of images"
-    stated = None not in (autoencoder.cfg.latent_shift, autoencoder.cfg.latent_scale)
-    config, lines = fitted(blue.config, moments(autoencoder, corpus, CHECKED if stated else MEASURED))
+    stated = None not in (cfg.latent_shift, cfg.latent_scale)
+    found = blue.run(state, lambda model: moments(model.autoencoder, corpus, CHECKED if stated else MEASURED))
+    config, lines = fitted(blue.config, found)
     return blue if stated else blueprint(config, blue.plan, blue.mesh), lines
 
 
@@ -109,7 +110,7 @@ def moments(autoencoder: Any, corpus: ImageCorpus, most: int) -> Moments:
     return Moments(float(mean), math.sqrt(square - mean**2), batches * rows)
 
 
-@nnx.jit
+@compiled()
 def _moments(autoencoder: Any, image_BHWC: Any) -> tuple[jax.Array, jax.Array]:
     mean, logvar = autoencoder.encode(image_BHWC)
     return jnp.mean(mean), jnp.mean(jnp.square(mean) + jnp.exp(logvar))

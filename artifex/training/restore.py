@@ -66,8 +66,8 @@ def restore(
     blue = _blueprint(saved, mesh, strategy)
     with Checkpoints(saved.folder) as checkpoints:
         state = checkpoints.restore(saved.step, blue.state)
-    model = blue.model(state) if average else nnx.merge(blue.graphdef, state.params, state.buffers)
-    return Restored(model, state, saved.config, saved.step, blue.mesh)
+    weights = (state.weights, state.weights_buffers) if average else (state.params, state.buffers)
+    return Restored(nnx.merge(blue.graphdef, *weights), state, saved.config, saved.step, blue.mesh)
 
 
 def restore_model(path: str | os.PathLike[str], step: int | None = None) -> Any:

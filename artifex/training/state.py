@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,11 @@ from artifex.models.layers import Statistic
 from artifex.models.weights_config import section_of
 from artifex.optim import inputs_of, make_optimizer
 from artifex.scaling import placement
+from artifex.scaling.execution import Execution, execution
 from artifex.scaling.plan import Plan
 from artifex.training import freezing
+
+Result = TypeVar("Result")
 
 BATCH = {1: ("batch",), 2: ("batch", "sequence"), 4: ("batch", "height", "width", "channels")}
 """The logical axes of an array of a batch, by its rank."""
@@ -32,7 +35,7 @@ class TrainState:
     """Everything a run is: what is not in here a resumed run does not need. Of arrays, shapes, or shardings."""
 
     step: Any  # int32, updates made
-    params: Any  # nested dicts, the trained part of the model's canonical tree, float32
+    params: Any  # nested dicts, the trained part of the model's canonical tree, float32 or `training.param_dtype`
     buffers: Any  # the rest of that tree: running means, frozen weights; often empty
     optimizer: Any  # optax state
     ema: Any  # averages, like params, or None
@@ -73,17 +76,45 @@ class Blueprint:
         """A fresh state. Every array is made in its shards: no device ever holds more than its share."""
         return jax.jit(lambda: _fresh(self.config, self.optimizer, self.frozen), out_shardings=self.shardings)()
 
+    @property
+    def execution(self) -> Execution:
+        """How the model runs: the plan, and the settings of the step."""
+        how = self.config.training
+        dtypes = {"compute_dtype": how.compute_dtype, "reduce_dtype": how.reduce_dtype}
+        return self.plan.execution(self.mesh, unroll=how.unroll, attention=how.attention, **dtypes)
+
+    def loss(
+        self, params: Any, buffers: Any, batch: Any, key: jax.Array | None, index: int | jax.Array = 0
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
+        """(loss, (metrics, buffers)) of a batch, under the plan: for the functions that are traced in training.
+
+        Buffers change only where a key is given; where it is None, the noise is that of validation batch `index`.
+        """
+        how = self.execution
+        with execution(how):
+            model = nnx.merge(self.graphdef, how.cast(params), buffers)
+            value, metrics = model.loss(batch, None if key is None else nnx.Rngs(key), index=index)
+            _, _, rest = nnx.split(model, nnx.Param, ...)
+            return value, (metrics, nnx.to_pure_dict(rest))
+
+    def run(self, state: TrainState, function: Callable[..., Result], *args: Any) -> Result:
+        """`function(model, *args)` under the plan, in the compute dtype: samples, reconstructions, scores.
+
+        The model has the weights that validation, samples and exports use. There is no other way from a state to a
+        model that runs, so nothing forgets the rules.
+        """
+        how = self.execution
+        with execution(how):
+            return function(nnx.merge(self.graphdef, how.cast(state.weights), state.weights_buffers), *args)
+
     def split(self, tree: Any) -> tuple[Any, Any]:
         """What of a tree like the parameters is trained, and what is frozen; `freezing.join` puts both together."""
         return freezing.split(tree, self.frozen)
 
-    def model(self, state: TrainState) -> Any:
-        """The model with the weights that validation, samples and exports use."""
-        return nnx.merge(self.graphdef, state.weights, state.weights_buffers)
-
     def tree(self, state: TrainState) -> Any:
-        """The canonical tree of these weights: parameters and buffers in one nested dict."""
-        return nnx.to_pure_dict(nnx.state(self.model(state)))
+        """The canonical tree of the weights that validation, samples and exports use: parameters and buffers in one
+        nested dict, as they are stored."""
+        return nnx.to_pure_dict(nnx.state(nnx.merge(self.graphdef, state.weights, state.weights_buffers)))
 
     def metadata(self) -> dict[str, Any]:
         """What a checkpoint says of itself: the run's configuration, every field of its model, and the logical axes of
@@ -103,6 +134,11 @@ class Blueprint:
             )
             for key, value in batch.items()
         }
+
+
+def in_dtype(tree: Any, dtype: str) -> Any:
+    """A tree of floating-point arrays in another dtype."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), tree)
 
 
 def within(tree: Any, part: Any) -> Any:
@@ -178,7 +214,8 @@ def _fresh(config: Config, optimizer: optax.GradientTransformation, frozen: froz
     if config.training.ema_decay is not None:
         statistics = nnx.to_pure_dict(nnx.state(model, Statistic))
         ema, ema_buffers = jax.tree.map(jnp.copy, (params, statistics))
-    moments = optimizer.init(freezing.split(params, frozen)[0])
+    moments = optimizer.init(freezing.split(params, frozen)[0])  # of float32, whatever the parameters are kept in
+    params = in_dtype(params, config.training.param_dtype)
     return TrainState(jnp.int32(0), params, buffers, moments, ema, ema_buffers, jax.random.key_data(noise))
 
 

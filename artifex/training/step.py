@@ -9,37 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from artifex.models.stack import Execution, execution
 from artifex.optim import make_schedule
-from artifex.scaling.axes import activation_rules
 from artifex.training.freezing import join
-from artifex.training.state import Blueprint, TrainState, within
+from artifex.training.state import Blueprint, TrainState, in_dtype, within
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-
-
-def make_loss(blue: Blueprint) -> Callable[..., tuple[jax.Array, tuple[Metrics, Any]]]:
-    """`loss(params, buffers, batch, key, index=0) -> (loss, (metrics, buffers))` under the plan: the model in its
-    compute dtype, activations laid out by the rules. Buffers change only where a key is given; where it is None, the
-    noise is that of validation batch `index`."""
-    config, plan = blue.config.training, blue.plan
-    how = Execution(plan.remat, config.unroll, config.attention)
-    dtype = jnp.dtype(config.compute_dtype)
-
-    def loss(
-        params: Any, buffers: Any, batch: Batch, key: jax.Array | None, index: int | jax.Array = 0
-    ) -> tuple[jax.Array, tuple[Metrics, Any]]:
-        with activation_rules(plan.rules, blue.mesh), execution(how):
-            model = nnx.merge(blue.graphdef, jax.tree.map(lambda value: value.astype(dtype), params), buffers)
-            value, metrics = model.loss(batch, None if key is None else nnx.Rngs(key), index=index)
-            _, _, rest = nnx.split(model, nnx.Param, ...)
-            return value, (metrics, nnx.to_pure_dict(rest))
-
-    return loss
 
 
 def make_step(blue: Blueprint) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -55,6 +32,8 @@ def make_step(blue: Blueprint) -> Callable[[TrainState, Batch], tuple[TrainState
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         loss, metrics, buffers, grads = gradients(state.params, state.buffers, batch, key)
         trained, held = blue.split(state.params)
+        # the optimizer computes in float32, whatever parameters and gradients are kept in
+        grads, trained = in_dtype(grads, "float32"), in_dtype(trained, "float32")
         updates, optimizer = blue.optimizer.update(grads, state.optimizer, trained)
         trained = optax.apply_updates(trained, updates)
         ema, ema_buffers = state.ema, state.ema_buffers
@@ -65,13 +44,13 @@ def make_step(blue: Blueprint) -> Callable[[TrainState, Batch], tuple[TrainState
             averages = (blue.split(ema)[0], ema_buffers)
             latest = (trained, within(buffers, ema_buffers))
             average, ema_buffers = jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, averages, latest)
-            ema = join(average, held)
+            ema = join(average, blue.split(ema)[1])
         metrics = metrics | {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        params = join(trained, held)
+        params = join(in_dtype(trained, blue.config.training.param_dtype), held)
         return TrainState(state.step + 1, params, buffers, optimizer, ema, ema_buffers, state.key), metrics
 
     whole = NamedSharding(blue.mesh, PartitionSpec())
@@ -85,11 +64,11 @@ def _gradients(blue: Blueprint) -> Callable:
 
     Each microbatch is weighed by its targets, and changes the buffers that the next one sees.
     """
-    loss_of = make_loss(blue)
 
     def value_and_grad(params: Any, *rest: Any) -> tuple[tuple[jax.Array, tuple[Metrics, Any]], Any]:
         trained, held = blue.split(params)
-        return jax.value_and_grad(lambda trained: loss_of(join(trained, held), *rest), has_aux=True)(trained)
+        value, grads = jax.value_and_grad(lambda trained: blue.loss(join(trained, held), *rest), has_aux=True)(trained)
+        return value, in_dtype(grads, blue.config.training.gradient_dtype)
 
     parts = blue.plan.microbatches
 
@@ -102,7 +81,7 @@ def _gradients(blue: Blueprint) -> Callable:
             (sums, buffers), (batch, index) = carry, part
             (loss, (metrics, buffers)), grads = value_and_grad(params, buffers, batch, jax.random.fold_in(key, index))
             weight = metrics.pop("weight")
-            weighed = jax.tree.map(lambda value: weight * value, (loss, metrics, grads))
+            weighed = jax.tree.map(lambda value: weight.astype(value.dtype) * value, (loss, metrics, grads))
             return (jax.tree.map(jnp.add, sums, (weight, *weighed)), buffers), None
 
         # row r goes to part r % parts: a device keeps its own rows
@@ -113,7 +92,8 @@ def _gradients(blue: Blueprint) -> Callable:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes, like))
         start = (jnp.float32(0), jnp.float32(0), *zeros)
         ((weight, *sums), buffers), _ = jax.lax.scan(add, (start, buffers), (split, jnp.arange(parts)))
-        loss, metrics, grads = jax.tree.map(lambda total: total / jnp.maximum(weight, 1.0), tuple(sums))
+        weight_or_1 = jnp.maximum(weight, 1.0)
+        loss, metrics, grads = jax.tree.map(lambda total: total / weight_or_1.astype(total.dtype), tuple(sums))
         return loss, metrics | {"weight": weight}, buffers, grads
 
     return whole if parts == 1 else accumulated
@@ -125,10 +105,9 @@ def make_evaluate(blue: Blueprint) -> Callable[..., Metrics]:
     `index` counts the batches, each of which has noise of its own. Compiled on first use; the weights are
     `state.weights`, with the buffers that go with them.
     """
-    loss = make_loss(blue)
 
     def evaluate(weights: Any, buffers: Any, batch: Batch, index: jax.Array) -> Metrics:
-        mean, (metrics, _) = loss(weights, buffers, batch, None, index)
+        mean, (metrics, _) = blue.loss(weights, buffers, batch, None, index)
         weight = metrics.pop("weight")
         return {name: value * weight for name, value in (metrics | {"loss": mean}).items()} | {"weight": weight}
 

@@ -7,19 +7,27 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from artifex.models.attention.tiles import tiles
-from artifex.models.stack import current_execution
+from artifex.models.attention import blockwise, cudnn, splash, tiles
 from artifex.scaling import axes
+from artifex.scaling.execution import Platform, current_execution
+from artifex.scaling.local import local
 
-Implementation = Literal["tiles", "xla", "cudnn"]
+Implementation = Literal["tiles", "blockwise", "splash", "cudnn"]
 
-CUDNN_HEAD_DIM = 128  # the most its kernels take before Hopper
+IMPLEMENTATIONS: dict[Implementation, Callable[..., jax.Array]] = {
+    "tiles": tiles.attention,
+    "blockwise": blockwise.attention,
+    "splash": splash.attention,
+    "cudnn": cudnn.attention,
+}
+"""Each computes `attention(query, key, value, causal=, window=, softcap=, scale=)` of one device's part."""
 
 _TAKEN: contextvars.ContextVar[set[Implementation] | None] = contextvars.ContextVar("artifex_attention", default=None)
 
@@ -40,8 +48,9 @@ def dot_product_attention(
     hides the keys after each query; `window` leaves it the `window` newest of them, its own among these. `softcap` c
     bounds scores by c tanh(score / c) (Gemma 2, arXiv:2408.00118). `scale` None is H^-0.5. Weights are float32.
 
-    `implementation_for` says how it is computed, unless `Execution.attention` does. Raises `ValueError` for heads
-    that do not divide, `causal` with T != S, a window without `causal`, and cuDNN where it cannot be.
+    `implementation_for` says how it is computed, unless `Execution.attention` does; on a mesh each device computes the
+    batch rows and heads that the rules give it. Raises `ValueError` for heads that do not divide, `causal` with T != S,
+    a window without `causal`, and cuDNN where it cannot be.
     """
     (_, T, N, H), (S, K) = query_BTNH.shape, key_BSKH.shape[1:3]
     if N % K:
@@ -51,24 +60,19 @@ def dot_product_attention(
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"window {window} with causal={causal}; a window is at least 1 and looks back: set causal")
     window = None if window is None or window >= S else window
-    how = _implementation(query_BTNH, softcap)
+    how = _implementation(query_BTNH.dtype, H, softcap)
     if (taken := _TAKEN.get()) is not None:
         taken.add(how)
-    if how == "tiles":
-        return tiles(query_BTNH, key_BSKH, value_BSKH, causal, window, softcap, scale)
-    # float32: JAX's product of bfloat16 has no gradient under strict promotion, and XLA rounds on a TPU anyway
-    dtype = jnp.dtype(jnp.float32) if how == "xla" else query_BTNH.dtype
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        mixed_BTNH = jax.nn.dot_product_attention(
-            query_BTNH.astype(dtype),
-            key_BSKH.astype(dtype),
-            value_BSKH.astype(dtype),
-            scale=H**-0.5 if scale is None else scale,
-            is_causal=causal,
-            local_window_size=None if window is None else (window - 1, 0),
-            implementation=how,
-        )
-    return mixed_BTNH.astype(query_BTNH.dtype)
+    attention = functools.partial(
+        IMPLEMENTATIONS[how], causal=causal, window=window, softcap=softcap, scale=H**-0.5 if scale is None else scale
+    )
+    heads = "act_kv_heads"
+    if axes.activation_axes("act_kv_heads", K) != axes.activation_axes("act_heads", N):
+        # key heads that do not divide over the devices that share the query heads: each is held by several
+        repeats, heads = _repeats(K, axes.ways("act_heads", N)), "act_heads"
+        key_BSKH, value_BSKH = (jnp.repeat(x, repeats, axis=2) for x in (key_BSKH, value_BSKH))
+    queries, keys = ("batch", None, "act_heads", None), ("batch", None, heads, None)
+    return local(attention, inputs=(queries, keys, keys), outputs=queries)(query_BTNH, key_BSKH, value_BSKH)
 
 
 @contextlib.contextmanager
@@ -82,32 +86,36 @@ def recording() -> Iterator[set[Implementation]]:
         _TAKEN.reset(token)
 
 
-def implementation_for(platform: str, dtype: Any, head_dim: int, *, softcap: float | None = None) -> Implementation:
-    """How attention is computed on `platform` ("cpu", "gpu", "tpu"; as `jax.default_backend()` says).
+def implementation_for(
+    platform: Platform, dtype: Any, head_dim: int, *, softcap: float | None = None, one_device: bool = True
+) -> Implementation:
+    """How attention is computed on a platform. None but "tiles" holds all scores of a head at once, in any direction.
 
-    "cudnn" (flash attention) on a GPU for 16-bit numbers and a `head_dim` up to 128 in steps of 8, else "xla" there
-    and on a TPU. "tiles", which is our own, on a CPU, where it is the fastest, and for a softcap, which the others
-    do not know.
+    "splash", JAX's kernel, on a TPU. On a GPU "cudnn" for what it takes (`artifex.models.attention.cudnn.takes`), else
+    "blockwise", our own scan with a running maximum, which is also what simulated devices run. "tiles", plain products,
+    on one CPU device, where they are the fastest.
     """
-    if softcap is not None or platform == "cpu":
-        return "tiles"
-    return "cudnn" if platform in ("gpu", "cuda") and _cudnn_takes(dtype, head_dim) else "xla"
+    if platform == "tpu":
+        return "splash"
+    if platform == "gpu":
+        return "cudnn" if cudnn.takes(dtype, head_dim, softcap) else "blockwise"
+    return "tiles" if one_device else "blockwise"
 
 
-def _cudnn_takes(dtype: Any, head_dim: int) -> bool:
-    return jnp.dtype(dtype) in (jnp.float16, jnp.bfloat16) and head_dim <= CUDNN_HEAD_DIM and head_dim % 8 == 0
-
-
-def _implementation(query_BTNH: jax.Array, softcap: float | None) -> Implementation:
+def _implementation(dtype: Any, head_dim: int, softcap: float | None) -> Implementation:
     """The one that the execution at hand asks for, or the device's."""
-    asked, dtype, head_dim = current_execution().attention, query_BTNH.dtype, query_BTNH.shape[-1]
-    if asked == "auto" or softcap is not None:
-        chosen = implementation_for(jax.default_backend(), dtype, head_dim, softcap=softcap)
-        # cuDNN's kernel needs every sequence whole
-        return "xla" if chosen == "cudnn" and axes.activation_axes("sequence", query_BTNH.shape[1]) else chosen
-    if asked == "cudnn" and not _cudnn_takes(dtype, head_dim):
-        raise ValueError(
-            f"attention 'cudnn' takes float16 or bfloat16 and a head_dim up to {CUDNN_HEAD_DIM} in steps of 8, got "
-            f"{dtype} and {head_dim}; compute in bfloat16, or set attention to 'auto'"
-        )
-    return asked
+    how = current_execution()
+    if how.attention == "auto":
+        assert how.platform is not None, "an execution knows its platform"
+        return implementation_for(how.platform, dtype, head_dim, softcap=softcap, one_device=how.on_one_cpu)
+    if how.attention == "cudnn" and not cudnn.takes(dtype, head_dim, softcap):
+        got = f"{dtype}, head_dim {head_dim} and {'a softcap' if softcap is not None else 'no softcap'}"
+        raise ValueError(f"attention 'cudnn' takes {cudnn.TAKES}, got {got}; set attention to 'auto'")
+    if how.attention == "splash" and how.platform != "tpu":
+        raise ValueError(f"attention 'splash' is for TPUs, the platform is {how.platform!r}; set attention to 'auto'")
+    return how.attention
+
+
+def _repeats(heads: int, ways: int) -> int:
+    """How often each key head must be there, so that as many fall on each of `ways` devices."""
+    return next(count for count in range(1, ways + 1) if heads * count % ways == 0)

@@ -8,21 +8,21 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from artifex.scaling import axes
+from jax.ad_checkpoint import checkpoint_name
 
 TILE = 64  # queries at least: smaller products run below a CPU's rate
 MOST_TILES = 16  # each one is compiled by itself
 
 
-def tiles(
+def attention(
     query_BTNH: jax.Array,
     key_BSKH: jax.Array,
     value_BSKH: jax.Array,
+    *,
     causal: bool,
     window: int | None,
     softcap: float | None,
-    scale: float | None,
+    scale: float,
 ) -> jax.Array:
     """By tiles of queries, each with the keys from the start of its first query's window to its own end: (B, T, N, H).
 
@@ -33,21 +33,20 @@ def tiles(
     key_BKSH, value_BKSH = key_BSKH.swapaxes(1, 2), value_BSKH.swapaxes(1, 2)
     if not causal:
         mixed_BKGTH = attend(query_BKGTH, key_BKSH, value_BKSH, softcap=softcap, scale=scale)
-        return mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+        return checkpoint_name(mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H), "attention")
     quarter = -(-T // 4)
     tile = max(TILE, quarter if window is None else max(min(window, quarter), -(-T // MOST_TILES)))
-    if axes.activation_axes("sequence", T):
-        tile = T  # where the sequence is split over a mesh, a tile would be a part of it
     mixed = []
     for begin in range(0, T, tile):
         end = min(begin + tile, T)
         first = 0 if window is None else max(begin - window + 1, 0) // tile * tile
-        seen_TS = seen(np.arange(begin, end), np.arange(first, end), window)
+        seen_TS = seen(jnp.arange(begin, end), jnp.arange(first, end), window)
         keys_BKSH, values_BKSH = key_BKSH[:, :, first:end], value_BKSH[:, :, first:end]
         mixed.append(
             attend(query_BKGTH[:, :, :, begin:end], keys_BKSH, values_BKSH, seen_TS, softcap=softcap, scale=scale)
         )
-    return jnp.concatenate(mixed, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    mixed_BTNH = jnp.concatenate(mixed, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return checkpoint_name(mixed_BTNH, "attention")
 
 
 def seen(

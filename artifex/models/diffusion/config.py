@@ -19,6 +19,8 @@ TRAINING_TIMES: dict[str, tuple[str, ...]] = {
     "flow": ("uniform", "logit_normal"),
 }
 
+DRAWN_VALUES = 2**22  # pixels times channels that are drawn at once; activations are some 1,000 times as many
+
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
@@ -122,6 +124,15 @@ class DiffusionConfig:
     def learns_variance(self) -> bool:
         """Whether the network puts out a variance behind its prediction."""
         return self.network.out_channels > self.network.in_channels
+
+    @property
+    def draws_at_once(self) -> int:
+        """Images that are drawn together: of 32 x 32 x 3 pixels 1,024, of 256 x 256 x 3 16.
+
+        Samples do not depend on the devices, so neither does it; it is a power of two, which most meshes divide.
+        """
+        fitting = max(DRAWN_VALUES // (self.image_size**2 * self.channels), 1)
+        return min(max(1 << (fitting.bit_length() - 1), 8), 1024)
 
     @property
     def image_size(self) -> int:

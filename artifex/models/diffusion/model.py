@@ -20,6 +20,9 @@ from artifex.models.diffusion.config import DiffusionConfig
 from artifex.models.diffusion.guidance import Network, guided
 from artifex.models.diffusion.process import DDPM, EDM, FlowMatching, Process, corrupt, per_example
 from artifex.models.diffusion.samplers import SAMPLERS, time_grid
+from artifex.models.rows import in_chunks
+from artifex.scaling import axes
+from artifex.scaling.execution import compiled
 
 
 class Diffusion(nnx.Module):
@@ -124,10 +127,10 @@ class Diffusion(nnx.Module):
     ) -> jax.Array:
         """`count` images (count, H, W, C) in [-1, 1], drawn by `key` alone.
 
-        `labels` (count,), where the model has classes; without them, the classes in turn. `condition` is what a
-        network that reads text takes. `guidance`, `steps` and `sampler` replace those of the configuration. Raises
-        `ValueError` for labels out of range or without classes, other counts, guidance without anything to guide by,
-        and settings out of range.
+        Of large images `cfg.draws_at_once` are drawn at a time. `labels` (count,), where the model has classes; without
+        them, the classes in turn. `condition` is what a network that reads text takes. `guidance`, `steps` and
+        `sampler` replace those of the configuration. Raises `ValueError` for labels out of range or without classes,
+        other counts, guidance without anything to guide by, and settings out of range.
         """
         steps = self.cfg.sampling_steps if steps is None else steps
         sampler = self.cfg.sampler if sampler is None else sampler
@@ -144,9 +147,7 @@ class Diffusion(nnx.Module):
         if guidance != 1 and condition is None:
             raise ValueError(f"guidance is {guidance} but there is no label or text to guide by; set it to 1")
         scale = None if guidance == 1 else jnp.float32(guidance)
-        graphdef, state = nnx.split(self)
-        how: dict[str, Any] = {"count": count, "steps": steps, "sampler": sampler}
-        return _sample(graphdef, nnx.to_pure_dict(state), key, condition, scale, **how)
+        return _sample(self, key, condition, scale, count=count, steps=steps, sampler=sampler)
 
     def _predict(self, network: Network, x: jax.Array, t_B: jax.Array, condition: Any) -> tuple[jax.Array, jax.Array]:
         """The network's prediction for x_t = x, and what it puts out behind that."""
@@ -204,10 +205,9 @@ def process_of(cfg: DiffusionConfig) -> Process:
             return FlowMatching("uniform" if cfg.training_times == "uniform" else "logit_normal", cfg.sigma_data)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("count", "steps", "sampler"))
+@compiled("count", "steps", "sampler")
 def _sample(
-    graphdef: Any,
-    state: Any,
+    model: Diffusion,
     key: jax.Array,
     condition: Any,
     guidance: jax.Array | None,
@@ -216,18 +216,23 @@ def _sample(
     steps: int,
     sampler: str,
 ) -> jax.Array:
-    model: Diffusion = nnx.merge(graphdef, state)
     cfg, process = model.cfg.network, model.process
-    network = model.network if guidance is None else guided(model.network, guidance, model._null(condition))
     start_key, sampler_key = jax.random.split(key)
     times = time_grid(process, steps)
     noise = jax.random.normal(start_key, (count, cfg.image_size, cfg.image_size, cfg.in_channels))
+    noise = axes.shard(noise, "batch", "height", "width", "channels")
+
+    def draw(rows: tuple[jax.Array, Any], key: jax.Array) -> jax.Array:
+        x_T, condition = rows
+        network = model.network if guidance is None else guided(model.network, guidance, model._null(condition))
+
+        def denoise(x: jax.Array, t_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return model.denoise_and_vary(network, x, t_B, condition)
+
+        # a variance is for the ancestral step alone; the others follow the probability flow, which has none
+        if sampler == "ddpm" and model.cfg.learns_variance:
+            return model.decode(variance.ddpm(denoise, x_T, process, times, key))
+        return model.decode(SAMPLERS[sampler](lambda x, t_B: denoise(x, t_B)[0], x_T, process, times, key))
+
     x_T = process.sigma(jnp.asarray(times[0])) * noise
-
-    def denoise(x: jax.Array, t_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return model.denoise_and_vary(network, x, t_B, condition)
-
-    # a variance is for the ancestral step alone; the others follow the probability flow, which has none
-    if sampler == "ddpm" and model.cfg.learns_variance:
-        return model.decode(variance.ddpm(denoise, x_T, process, times, sampler_key))
-    return model.decode(SAMPLERS[sampler](lambda x, t_B: denoise(x, t_B)[0], x_T, process, times, sampler_key))
+    return in_chunks(draw, (x_T, condition), sampler_key, model.cfg.draws_at_once)

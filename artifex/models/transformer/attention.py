@@ -1,6 +1,6 @@
 """Softmax attention of the decoder: projections, norms and rotary positions of queries and keys, and their cache.
 
-Dims: B batch, T queries, S keys, D embed, N query heads, K key heads, G = N / K, H head_dim.
+Dims: L layers, B batch, T queries, S rows of a cache, D embed, N query heads, K key heads, G = N / K, H head_dim.
 """
 
 from __future__ import annotations
@@ -11,26 +11,65 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from artifex.models import layers
 from artifex.models.attention import dot_product_attention
-from artifex.models.attention.tiles import attend, seen
+from artifex.models.attention.tiles import attend
 from artifex.models.transformer.config import DecoderConfig
 from artifex.models.transformer.norms import rms_norm
 from artifex.scaling import axes
 
 
+class Place(NamedTuple):
+    """Where tokens that are being decoded stand.
+
+    `layer` says whose part of a cache is theirs, `start` their first position: 0 as a number for a prompt, else that of
+    one token. The first `valid` of them are no padding.
+    """
+
+    layer: int | jax.Array
+    start: int | jax.Array
+    valid: int | jax.Array
+
+
 class Cache(NamedTuple):
-    """Keys and values of the positions seen so far; rows beyond them are zero."""
+    """Keys and values of the positions seen so far, of L layers. Position p is in row p % S: of more than S positions
+    the newest S are kept, which is all that a window of S sees."""
 
-    key_BKSH: jax.Array  # heads before positions: a step reads it as it lies, in half the time for 8 rows on a CPU
-    value_BKSH: jax.Array
+    key_LBKSH: jax.Array  # heads before positions: a step reads it as it lies, in half the time for 8 rows on a CPU
+    value_LBKSH: jax.Array
 
-    def write(self, key_BTKH: jax.Array, value_BTKH: jax.Array, start: int | jax.Array) -> Cache:
-        """The cache with positions `start` to `start + T` filled."""
-        put = jax.lax.dynamic_update_slice_in_dim
-        key_BKTH, value_BKTH = key_BTKH.swapaxes(1, 2), value_BTKH.swapaxes(1, 2)
-        return Cache(put(self.key_BKSH, key_BKTH, start, 2), put(self.value_BKSH, value_BKTH, start, 2))
+    def write(self, key_BTKH: jax.Array, value_BTKH: jax.Array, at: Place) -> Cache:
+        """The cache with these positions filled in, in place."""
+        return Cache(_put(self.key_LBKSH, key_BTKH, at), _put(self.value_LBKSH, value_BTKH, at)).sharded()
+
+    def read(self, layer: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values (B, K, S, H) of a layer."""
+        take = jax.lax.dynamic_index_in_dim
+        return take(self.key_LBKSH, layer, keepdims=False), take(self.value_LBKSH, layer, keepdims=False)
+
+    def seen(self, position: jax.Array | int) -> jax.Array:
+        """(1, S): which rows hold positions up to `position`, the newest one."""
+        row_S = jnp.arange(self.key_LBKSH.shape[3])
+        return ((position - row_S) % row_S.size <= position)[None]
+
+    def sharded(self) -> Cache:
+        """Laid out by the names of its dims."""
+        names = (None, "batch", "act_kv_heads", None, None)
+        return Cache(axes.shard(self.key_LBKSH, *names), axes.shard(self.value_LBKSH, *names))
+
+
+def _put(rows_LBKSH: jax.Array, new_BTKH: jax.Array, at: Place) -> jax.Array:
+    """`rows_LBKSH` with the positions from `at.start` on replaced."""
+    S, T = rows_LBKSH.shape[3], new_BTKH.shape[1]
+    first = at.start % S
+    if T > S:  # of a prompt beyond the window, the newest valid ones; a row before all of them is hidden by `seen`
+        row_S = jnp.arange(S)
+        kept_S = at.valid - 1 - (at.valid - 1 - row_S) % S
+        new_BTKH, first = jnp.take(new_BTKH, jnp.maximum(kept_S, 0), axis=1), 0
+    new_LBKTH = new_BTKH.swapaxes(1, 2)[None].astype(rows_LBKSH.dtype)
+    return jax.lax.dynamic_update_slice(rows_LBKSH, new_LBKTH, (at.layer, 0, 0, first, 0))
 
 
 def projections(cfg: DecoderConfig, rngs: nnx.Rngs) -> tuple[layers.Linear, ...]:
@@ -62,37 +101,36 @@ class Attention(nnx.Module):
             self.key_norm = rms_norm(cfg, cfg.per_head, "head_dim")
 
     @staticmethod
-    def empty_cache(cfg: DecoderConfig, batch: int, length: int, dtype: jnp.dtype) -> Cache:
-        """Room for `length` positions of one layer."""
-        zeros = jnp.zeros((batch, cfg.kv_heads, length, cfg.per_head), dtype)
-        return Cache(zeros, zeros)
+    def empty_cache(
+        cfg: DecoderConfig, layers: int, batch: int, length: int, dtype: jnp.dtype, window: int | None = None
+    ) -> Cache:
+        """Room for `length` positions of so many layers, or for the `window` newest of them."""
+        rows = length if window is None else min(window, length)
+        zeros = jnp.zeros((layers, batch, cfg.kv_heads, rows, cfg.per_head), dtype)
+        return Cache(zeros, zeros).sharded()
 
     def __call__(
         self,
         x_BTD: jax.Array,
         positions_T: jax.Array | np.ndarray,
         cache: Cache | None = None,
-        start: int | jax.Array = 0,
-        valid: int | jax.Array | None = None,
+        at: Place | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """Attend within x, or, with a cache, from x at positions `start` on to all positions up to each of its own.
+        """Attend within x; with a cache, which takes up x's keys, a prompt so, and one token to all in the cache.
 
-        `valid`, for modules that carry a state: how many positions of x are no padding. Here padding's keys stay
-        behind every query until they are overwritten.
+        Where padding follows a prompt, its keys stay behind every query until they are overwritten.
         """
         query_BTNH, key_BTKH, value_BTKH = self.project(x_BTD, positions_T)
         bounds: dict[str, Any] = {"softcap": self.cfg.attention_softcap, "scale": self.cfg.query_scale}
-        if cache is None:
+        if cache is not None and at is not None:
+            cache = cache.write(key_BTKH, value_BTKH, at)
+        if cache is None or at is None or isinstance(at.start, int):
             reach: dict[str, Any] = {"causal": self.cfg.causal, "window": self.window}
             mixed_BTNH = dot_product_attention(query_BTNH, key_BTKH, value_BTKH, **reach, **bounds)
         else:
-            cache = cache.write(key_BTKH, value_BTKH, start)
-            query_BTKGH = query_BTNH.reshape(*key_BTKH.shape[:3], -1, self.cfg.per_head)
-            # a start known while tracing is the prompt's: no later position is filled yet
-            filled = start + x_BTD.shape[1] if isinstance(start, int) else cache.key_BKSH.shape[2]
-            keys_BKSH, values_BKSH = cache.key_BKSH[:, :, :filled], cache.value_BKSH[:, :, :filled]
-            seen_TS = seen(positions_T, jnp.arange(filled), self.window)
-            mixed_BKGTH = attend(query_BTKGH.transpose(0, 2, 3, 1, 4), keys_BKSH, values_BKSH, seen_TS, **bounds)
+            B, T, K, H = key_BTKH.shape
+            query_BKGTH = query_BTNH.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4)
+            mixed_BKGTH = attend(query_BKGTH, *cache.read(at.layer), cache.seen(at.start), **bounds)
             mixed_BTNH = mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(query_BTNH.shape)
         return self.out(axes.shard(mixed_BTNH, "batch", "sequence", "act_heads", None)), cache
 
@@ -106,7 +144,8 @@ class Attention(nnx.Module):
             query_BTNH, key_BTKH = self.query_norm(query_BTNH), self.key_norm(key_BTKH)
         if self.cfg.positions == "rope":
             query_BTNH, key_BTKH = self.turn(query_BTNH, positions_T), self.turn(key_BTKH, positions_T)
-        return query_BTNH, key_BTKH, value_BTKH
+        names = ("qkv",) * 3
+        return tuple(map(checkpoint_name, (query_BTNH, key_BTKH, value_BTKH), names))
 
     def turn(self, x: jax.Array, positions_T: jax.Array | np.ndarray) -> jax.Array:
         """Rotary positions on (B, T, ..., H)."""

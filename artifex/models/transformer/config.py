@@ -150,6 +150,11 @@ class DecoderConfig:
         return self.mlp_dim or 4 * self.embed_dim
 
     @property
+    def windows(self) -> list[int | None]:
+        """The window of each layer of the pattern; None sees every key."""
+        return [self.window if reach == "local" else None for reach in self.attention_pattern]
+
+    @property
     def num_groups(self) -> int:
         """Repetitions of the attention pattern: the size of the stacked `layers` dim."""
         return self.num_layers // len(self.attention_pattern)

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from artifex.models import layers
+from artifex.models import cpu, layers
 from artifex.models.batch import check_text
-from artifex.models.stack import run_stack, stack, unstack
-from artifex.models.transformer.attention import Attention
+from artifex.models.stack import run_stack, stack
+from artifex.models.transformer.attention import Attention, Place
 from artifex.models.transformer.config import DecoderConfig
 from artifex.models.transformer.feed_forward import dense
 from artifex.models.transformer.generate import generate
@@ -24,8 +24,6 @@ from artifex.models.transformer.linear_attention import LinearAttention
 from artifex.models.transformer.moe import MoE
 from artifex.models.transformer.norms import stream_norm
 from artifex.scaling import axes
-
-CONSTANT_POSITIONS = 2**15
 
 Aux = dict[str, jax.Array]
 """What a mixture of experts says of its routing, by name; empty for dense layers."""
@@ -51,19 +49,19 @@ class Block(nnx.Module):
         positions_T: jax.Array | np.ndarray,
         key: jax.Array | None = None,
         cache: Any = None,
-        start: int | jax.Array = 0,
-        valid: int | jax.Array | None = None,
+        at: Place | None = None,
     ) -> tuple[jax.Array, Any, Aux]:
         """The stream after the block, its attention's cache, and what its experts report."""
         keys = (None, None) if key is None else jax.random.split(key)
-        mixed_BTD, cache = self.attention(self.attention_norm(x_BTD), positions_T, cache, start, valid)
+        mixed_BTD, cache = self.attention(self.attention_norm(x_BTD), positions_T, cache, at)
         x_BTD = self.add(x_BTD, mixed_BTD, self.attention_post_norm, keys[0])
-        mixed_BTD, aux = self.feed_forward(self.mlp_norm(x_BTD))
+        mixed_BTD, aux = self.feed_forward(self.mlp_norm(x_BTD), decoding=at is not None)
         return self.add(x_BTD, mixed_BTD, self.mlp_post_norm, keys[1]), cache, aux
 
-    def feed_forward(self, x_BTD: jax.Array) -> tuple[jax.Array, Aux]:
-        """The dense layer, or the mixture of experts and its report."""
-        return self.moe(x_BTD) if self.mlp is None else (self.mlp(x_BTD), {})
+    def feed_forward(self, x_BTD: jax.Array, *, decoding: bool) -> tuple[jax.Array, Aux]:
+        """The dense layer, or the mixture of experts and its report; decoding, experts take every token, because a
+        capacity would be shared with the padding of other prompts."""
+        return self.moe(x_BTD, dropless=decoding) if self.mlp is None else (self.mlp(x_BTD), {})
 
     def add(self, x_BTD: jax.Array, branch_BTD: jax.Array, norm: nnx.Module | None, key: jax.Array | None) -> jax.Array:
         """The stream with a branch's output added."""
@@ -75,26 +73,32 @@ class Group(nnx.Module):
     """Consecutive blocks whose attention reaches differ, repeated as one: `cfg.attention_pattern`."""
 
     def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
-        windows = [cfg.window if reach == "local" else None for reach in cfg.attention_pattern]
-        self.blocks = nnx.List([Block(cfg, window=window, rngs=rngs) for window in windows])
+        self.blocks = nnx.List([Block(cfg, window=window, rngs=rngs) for window in cfg.windows])
 
     def __call__(
-        self, x_BTD: jax.Array, positions_T: jax.Array | np.ndarray, key: jax.Array | None = None
-    ) -> tuple[jax.Array, None, Aux]:
-        """The stream after all blocks, and the means of what their experts report."""
-        keys = [None] * len(self.blocks) if key is None else jax.random.split(key, len(self.blocks))
-        reports = []
-        for block, key in zip(self.blocks, keys, strict=True):
-            x_BTD, _, aux = block(x_BTD, positions_T, key)
+        self,
+        x_BTD: jax.Array,
+        positions_T: jax.Array | np.ndarray,
+        key: jax.Array | None = None,
+        cache: Any = None,
+        at: Place | None = None,
+    ) -> tuple[jax.Array, Any, Aux]:
+        """The stream after all blocks, a cache for each, and the means of what their experts report."""
+        count = len(self.blocks)
+        keys = [None] * count if key is None else jax.random.split(key, count)
+        caches, filled, reports = [None] * count if cache is None else cache, [], []
+        for block, key, cache in zip(self.blocks, keys, caches, strict=True):
+            x_BTD, cache, aux = block(x_BTD, positions_T, key, cache, at)
+            filled.append(cache)
             reports.append(aux)
-        return x_BTD, None, jax.tree.map(lambda *values: sum(values) / len(values), *reports)
+        return x_BTD, filled, jax.tree.map(lambda *values: sum(values) / len(values), *reports)
 
 
 def repeated(cfg: DecoderConfig, rngs: nnx.Rngs) -> Block | Group:
     """What the stack repeats: one block, or a group of them where they differ."""
-    if len(cfg.attention_pattern) > 1:
+    if len(cfg.windows) > 1:
         return Group(cfg, rngs=rngs)
-    return Block(cfg, window=cfg.window, rngs=rngs)
+    return Block(cfg, window=cfg.windows[0], rngs=rngs)
 
 
 def stream(x_BTD: jax.Array) -> jax.Array:
@@ -124,8 +128,7 @@ class Decoder(nnx.Module):
         length = tokens_BT.shape[1]
         self.check_length(length)
         key = rngs.dropout() if rngs is not None and self.cfg.dropout > 0 else None
-        # constants of the program, as long as they are small beside it
-        positions_T = np.arange(length) if length <= CONSTANT_POSITIONS else jnp.arange(length)
+        positions_T = cpu.positions(length)
         x_BTD = self.embed_tokens(tokens_BT, positions_T, key)
         keys_L = None if key is None else jax.random.split(jax.random.fold_in(key, 1), self.cfg.num_groups)
         x_BTD, aux_L = self.run_layers(x_BTD, positions_T, keys_L)
@@ -141,11 +144,6 @@ class Decoder(nnx.Module):
             return x_BTD, aux
 
         return run_stack(self.layers, x_BTD, self.cfg.num_groups, apply, keys_L)
-
-    def blocks(self) -> list[Block]:
-        """The blocks one by one, in the order in which they run."""
-        repeats: list[Any] = unstack(self.layers, self.cfg.num_groups)
-        return [block for one in repeats for block in (one.blocks if isinstance(one, Group) else [one])]
 
     def embed_tokens(
         self, tokens_BT: jax.Array, positions_T: jax.Array | np.ndarray, key: jax.Array | None = None

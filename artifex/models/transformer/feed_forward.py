@@ -9,6 +9,7 @@ import functools
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from artifex.models import layers
 from artifex.models.transformer.config import DecoderConfig
@@ -29,7 +30,7 @@ class GatedMLP(nnx.Module):
         self.down = layers.Linear((F, D), ("mlp", "embed"), bias=cfg.bias, scale=0.5 / cfg.num_layers, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_BTF, up_BTF = layers.fused(x_BTD, self.gate, self.up)
+        gate_BTF, up_BTF = (checkpoint_name(h, "hidden") for h in layers.fused(x_BTD, self.gate, self.up))
         return self.down(axes.shard(GATES[self.kind](gate_BTF) * up_BTF, "batch", "sequence", "act_mlp"))
 
 
@@ -42,8 +43,8 @@ class GeluMLP(nnx.Module):
         self.down = layers.Linear((F, D), ("mlp", "embed"), bias=cfg.bias, scale=0.5 / cfg.num_layers, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        h_BTF = axes.shard(jax.nn.gelu(self.up(x_BTD), approximate=True), "batch", "sequence", "act_mlp")
-        return self.down(h_BTF)
+        h_BTF = jax.nn.gelu(checkpoint_name(self.up(x_BTD), "hidden"), approximate=True)
+        return self.down(axes.shard(h_BTF, "batch", "sequence", "act_mlp"))
 
 
 def dense(cfg: DecoderConfig, *, rngs: nnx.Rngs) -> GatedMLP | GeluMLP:

@@ -5,13 +5,16 @@ Dims: B batch, P prompt, V vocab.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+
+from artifex.models.rows import fill_up
+from artifex.models.stack import stack_states, stack_with_state
+from artifex.models.transformer.attention import Attention, Place
+from artifex.models.transformer.linear_attention import LinearAttention
+from artifex.scaling.execution import compiled
 
 if TYPE_CHECKING:
     from artifex.models.transformer.decoder import Decoder
@@ -45,12 +48,10 @@ def generate(
     length = prompt.shape[1]
     room = min(-(-length // PROMPT_BLOCK) * PROMPT_BLOCK, model.cfg.sequence_length)
     prompt = jnp.pad(prompt.astype(jnp.int32), ((0, 0), (0, room - length)))
-    graphdef, state = nnx.split(model)
     if top_k is not None and top_k >= model.cfg.vocab_size:
         top_k = None
     return _generate(
-        graphdef,
-        nnx.to_pure_dict(state),
+        model,
         key,
         prompt,
         jnp.int32(length),
@@ -61,10 +62,9 @@ def generate(
     )
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("num_tokens", "top_k"))
+@compiled("num_tokens", "top_k")
 def _generate(
-    graphdef: Any,
-    params: Any,
+    model: Decoder,
     key: jax.Array,
     prompt_BP: jax.Array,
     length: jax.Array,
@@ -74,25 +74,18 @@ def _generate(
     num_tokens: int,
     top_k: int | None,
 ) -> jax.Array:
-    model: Decoder = nnx.merge(graphdef, params)
+    rows = prompt_BP.shape[0]
+    prompt_BP = fill_up(prompt_BP)
     batch, room = prompt_BP.shape
-    blocks = model.blocks()
-    for block in blocks:
-        if block.moe is not None:  # a capacity would be shared with the padding of other prompts
-            block.moe.cfg = dataclasses.replace(model.cfg, capacity_factor=None)
-    dtype = model.embed.table[...].dtype
-    size = (model.cfg, batch, room + num_tokens - 1, dtype)
-    caches = [block.attention.empty_cache(*size) for block in blocks]
+    caches = empty_caches(model, batch, room + num_tokens - 1)
+    run = stack_with_state(model.layers, model.cfg.num_groups, decode)
 
-    def forward(tokens_BT: jax.Array, caches: list, start: int | jax.Array, valid: int | jax.Array):
+    def forward(tokens_BT: jax.Array, caches: Any, start: int | jax.Array, valid: int | jax.Array):
         """Logits (B, V) after the first `valid` of `tokens_BT`, which stand at positions `start` on, and the caches."""
         positions_T = start + jnp.arange(tokens_BT.shape[1])
-        x_BTD, filled = model.embed_tokens(tokens_BT, positions_T), []
-        for block, cache in zip(blocks, caches, strict=True):
-            x_BTD, cache, _ = block(x_BTD, positions_T, None, cache, start, valid)
-            filled.append(cache)
+        x_BTD, caches = run(model.embed_tokens(tokens_BT, positions_T), caches, positions_T, start, valid)
         x_B1D = jax.lax.dynamic_slice_in_dim(x_BTD, valid - 1, 1, axis=1)
-        return model.read_out(x_B1D)[:, 0], filled
+        return model.read_out(x_B1D)[:, 0], caches
 
     def step(carry: tuple, key: jax.Array) -> tuple[tuple, jax.Array]:
         token_B, caches, position = carry
@@ -106,7 +99,33 @@ def _generate(
     logits_BV, caches = forward(prompt_BP, caches, 0, length)
     first_B = pick(logits_BV, keys[0], temperature, top_k, top_p)
     _, rest_NB = jax.lax.scan(step, (first_B, caches, length), keys[1:])
-    return jnp.concatenate([first_B[:, None], rest_NB.T], axis=1)
+    return jnp.concatenate([first_B[:, None], rest_NB.T], axis=1)[:rows]
+
+
+def empty_caches(model: Decoder, batch: int, length: int) -> Any:
+    """Room for `length` positions in every layer: `stack_states` of caches, or of a list of them for each group."""
+    cfg, dtype = model.cfg, model.embed.table[...].dtype
+    kind = LinearAttention if cfg.attention == "linear" else Attention
+
+    def make(layers: int) -> Any:
+        caches = [kind.empty_cache(cfg, layers, batch, length, dtype, window) for window in cfg.windows]
+        return caches if len(caches) > 1 else caches[0]
+
+    return stack_states(make, cfg.num_groups)
+
+
+def decode(
+    block: Any,
+    x_BTD: jax.Array,
+    caches: Any,
+    layer: int | jax.Array,
+    positions_T: jax.Array,
+    start: int | jax.Array,
+    valid: int | jax.Array,
+) -> tuple[jax.Array, Any]:
+    """A block, or a group of them, applied to a prompt or a token, and the caches: for `stack_with_state`."""
+    x_BTD, caches, _ = block(x_BTD, positions_T, None, caches, Place(layer, start, valid))
+    return x_BTD, caches
 
 
 def pick(

@@ -6,12 +6,13 @@ positions, R = G * C.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from artifex.models import layers
 from artifex.models.transformer.attention import projections
@@ -25,6 +26,16 @@ class State(NamedTuple):
     """The sum of key-value products of the positions seen so far, each decayed by its age, in float32."""
 
     sum_BKHV: jax.Array
+
+
+class States(NamedTuple):
+    """The states of `L` layers."""
+
+    sum_LBKHV: jax.Array
+
+    def sharded(self) -> States:
+        """Laid out by their names."""
+        return States(axes.shard(self.sum_LBKHV, None, "batch", "act_kv_heads", None, None))
 
 
 class LinearAttention(nnx.Module):
@@ -41,23 +52,21 @@ class LinearAttention(nnx.Module):
         self.query, self.key, self.value, self.out = projections(cfg, rngs)
 
     @staticmethod
-    def empty_cache(cfg: DecoderConfig, batch: int, length: int, dtype: jnp.dtype) -> State:
-        """The state before the first position; of the same size and dtype whatever `length` and `dtype` are."""
-        return State(jnp.zeros((batch, cfg.kv_heads, cfg.per_head, cfg.per_head), jnp.float32))
+    def empty_cache(
+        cfg: DecoderConfig, layers: int, batch: int, length: int, dtype: jnp.dtype, window: int | None = None
+    ) -> States:
+        """The states before the first position; of one size and dtype whatever `length`, `dtype` and `window` are."""
+        return States(jnp.zeros((layers, batch, cfg.kv_heads, cfg.per_head, cfg.per_head), jnp.float32)).sharded()
 
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        positions_T: jax.Array | np.ndarray,
-        cache: State | None = None,
-        start: int | jax.Array = 0,
-        valid: int | jax.Array | None = None,
-    ) -> tuple[jax.Array, State | None]:
-        """Attend within x, or, with a cache, go on from its state.
+        self, x_BTD: jax.Array, positions_T: jax.Array | np.ndarray, cache: States | None = None, at: Any = None
+    ) -> tuple[jax.Array, States | None]:
+        """Attend within x, or, with a cache, go on from the state of its layer `at.layer`.
 
-        The first `valid` positions of x, all if None, enter the new state; what follows is padding, which a state,
-        unlike rows of a cache, could not overwrite later. Where x stands, `positions_T` says: `start` is not needed.
+        The first `at.valid` positions of x enter the new state; what follows is padding, which a state, unlike rows of
+        a cache, could not overwrite later.
         """
+        state = None if cache is None or at is None else State(cache.sum_LBKHV[at.layer])
         query_BTNH, key_BTKH, value_BTKH = self.project(x_BTD, positions_T)
         query_BTKGH = query_BTNH.reshape(*key_BTKH.shape[:3], -1, self.cfg.per_head)
         mixed_BKGTH, state = chunked(
@@ -65,13 +74,16 @@ class LinearAttention(nnx.Module):
             key_BTKH.swapaxes(1, 2),
             value_BTKH.swapaxes(1, 2),
             decays(self.cfg.kv_heads),
-            cache,
-            valid,
+            state,
+            None if at is None else at.valid,
         )
         mixed_BKGTH = mixed_BKGTH * jax.lax.rsqrt(jnp.mean(jnp.square(mixed_BKGTH), axis=-1, keepdims=True) + 1e-5)
         mixed_BTNH = mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(query_BTNH.shape).astype(x_BTD.dtype)
+        mixed_BTNH = checkpoint_name(mixed_BTNH, "attention")
         y_BTD = self.out(axes.shard(mixed_BTNH, "batch", "sequence", "act_heads", None))
-        return y_BTD, None if cache is None else state
+        if cache is None or at is None:
+            return y_BTD, None
+        return y_BTD, States(cache.sum_LBKHV.at[at.layer].set(state.sum_BKHV)).sharded()
 
     def project(self, x_BTD: jax.Array, positions_T: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries (B, T, N, H) and keys (B, T, K, H), mapped by f and turned if the model is rotary, and values."""
@@ -86,7 +98,8 @@ class LinearAttention(nnx.Module):
             )
             query_BTNH = layers.rope(query_BTNH, positions_T, frequencies)
             key_BTKH = layers.rope(key_BTKH, positions_T, frequencies)
-        return query_BTNH, key_BTKH * self.cfg.per_head**-0.5, value_BTKH
+        key_BTKH = key_BTKH * self.cfg.per_head**-0.5
+        return tuple(checkpoint_name(x, "qkv") for x in (query_BTNH, key_BTKH, value_BTKH))
 
 
 def decays(heads: int) -> np.ndarray:

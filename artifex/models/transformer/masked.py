@@ -14,18 +14,17 @@ Dims: B batch, T sequence, P prompt, V vocab with the mask.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from artifex.models import layers
 from artifex.models.batch import check_text
+from artifex.models.rows import fill_up
 from artifex.models.transformer.decoder import Decoder, cross_entropy
 from artifex.models.transformer.generate import check_request, pick
 from artifex.models.transformer.masked_config import MaskedDiffusionConfig
+from artifex.scaling.execution import compiled
 
 
 class MaskedDiffusion(nnx.Module):
@@ -85,10 +84,8 @@ class MaskedDiffusion(nnx.Module):
         check_request(cfg, prompt, num_tokens, temperature, top_k, top_p)
         if steps < 1:
             raise ValueError(f"steps is {steps}; ask for at least 1")
-        graphdef, state = nnx.split(self)
         return _unmask(
-            graphdef,
-            nnx.to_pure_dict(state),
+            self,
             key,
             prompt.astype(jnp.int32),
             jnp.int32(steps),
@@ -109,10 +106,9 @@ def hide(there_BT: jax.Array, key: jax.Array) -> jax.Array:
     return there_BT & (noise_BT <= last_B1)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("num_tokens", "top_k"))
+@compiled("num_tokens", "top_k")
 def _unmask(
-    graphdef: Any,
-    params: Any,
+    model: MaskedDiffusion,
     key: jax.Array,
     prompt_BP: jax.Array,
     steps: jax.Array,
@@ -122,7 +118,8 @@ def _unmask(
     num_tokens: int,
     top_k: int | None,
 ) -> jax.Array:
-    model: MaskedDiffusion = nnx.merge(graphdef, params)
+    rows = prompt_BP.shape[0]
+    prompt_BP = fill_up(prompt_BP)
     batch, length = prompt_BP.shape
     masked_BT = jnp.full((batch, num_tokens), model.cfg.mask_id, jnp.int32)
 
@@ -135,4 +132,4 @@ def _unmask(
         shown_BT = jax.random.uniform(of_time, tokens_BT.shape) * (steps - step).astype(jnp.float32) < 1
         return jnp.where((tokens_BT == model.cfg.mask_id) & shown_BT, drawn_BT, tokens_BT)
 
-    return jax.lax.fori_loop(0, steps, reveal, masked_BT)
+    return jax.lax.fori_loop(0, steps, reveal, masked_BT)[:rows]

@@ -16,13 +16,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from artifex.models import layers
+from artifex.models import cpu, layers
 from artifex.models.transformer.config import DecoderConfig
 from artifex.models.transformer.feed_forward import GATES, GatedMLP
 from artifex.scaling import axes
 
-BLOCK = 128  # rows that are multiplied by one expert at a time on a CPU, at most
 Kernels = tuple[jax.Array, jax.Array, jax.Array]  # gate and up (E, D, F), down (E, F, D)
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -67,8 +67,8 @@ class MoE(nnx.Module):
         together = dataclasses.replace(cfg, mlp_dim=cfg.num_shared_experts * F) if cfg.num_shared_experts else None
         self.shared = GatedMLP(together, rngs=rngs) if together else None
 
-    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The mixture (B, T, D), and float32 scalars:
+    def __call__(self, x_BTD: jax.Array, *, dropless: bool = False) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The mixture (B, T, D), without a capacity where it is `dropless`, and float32 scalars:
 
         `load_balance`: E sum_e f_e P_e with f_e the share of tokens that choose expert e and P_e its mean probability;
         K at uniform load (Fedus et al. 2021, equation 4, where K is 1).
@@ -84,7 +84,7 @@ class MoE(nnx.Module):
         expert_A = expert_SK.T.reshape(-1)
         size_E = jnp.sum(expert_A[:, None] == jnp.arange(cfg.num_experts)[None], axis=0, dtype=jnp.int32)
         mix = served
-        if cfg.capacity_factor is not None:
+        if cfg.capacity_factor is not None and not dropless:
             # an expert is chosen at most once by a token
             C = min(math.ceil(cfg.capacity_factor * expert_A.size / cfg.num_experts), x_SD.shape[0])
             mix = functools.partial(capped, capacity=C)
@@ -115,8 +115,7 @@ def served(
     x_SD: jax.Array, expert_A: jax.Array, size_E: jax.Array, kernels: Kernels, activation: Activation
 ) -> tuple[jax.Array, jax.Array]:
     """What each assignment's expert makes of its token (A, D), and how many assignments each expert served: all."""
-    on_cpu = jax.default_backend() == "cpu" and not axes.active()
-    mix = by_blocks if on_cpu else by_ragged_dot
+    mix = by_blocks if cpu.experts_by_blocks() else by_ragged_dot
     return mix(x_SD, expert_A, size_E, kernels, activation), size_E
 
 
@@ -131,7 +130,9 @@ def by_ragged_dot(
     rows = Rows(slot_A=place_A, source_N=order_A)
     gate_EDF, up_EDF, down_EFD = kernels
     x_ND = axes.shard(dispatch(x_SD, rows), "batch", "hidden")
-    gate_NF, up_NF = jax.lax.ragged_dot(x_ND, gate_EDF, size_E), jax.lax.ragged_dot(x_ND, up_EDF, size_E)
+    gate_NF, up_NF = (
+        checkpoint_name(jax.lax.ragged_dot(x_ND, kernel, size_E), "hidden") for kernel in (gate_EDF, up_EDF)
+    )
     h_NF = axes.shard(activation(gate_NF) * up_NF, "batch", "act_mlp")
     return collect(axes.shard(jax.lax.ragged_dot(h_NF, down_EFD, size_E), "batch", "hidden"), rows)
 
@@ -144,7 +145,7 @@ def by_blocks(
     On a CPU, for 8 experts of which 2 are taken, a fifth of the time of `by_ragged_dot`, and with gradients a third.
     """
     A, E = expert_A.size, size_E.size
-    R = max(1, min(BLOCK, A // (4 * E)))  # padding is R / 2 rows an expert, so an eighth at most
+    R = max(1, min(cpu.EXPERT_ROWS, A // (4 * E)))  # padding is R / 2 rows an expert, so an eighth at most
     count = (A + E * (R - 1)) // R  # the most blocks there can be
     blocks_E = (size_E + R - 1) // R
     end_E = jnp.cumsum(blocks_E)
@@ -153,7 +154,8 @@ def by_blocks(
     rows = laid_out(expert_A, size_E, (end_E - blocks_E) * R, size_E, jnp.repeat(owner_b, R))
     gate_bDF, up_bDF, down_bFD = (kernel[owner_b] for kernel in kernels)
     x_bRD = dispatch(x_SD, rows).reshape(count, R, -1)
-    h_bRF = activation(x_bRD @ gate_bDF) * (x_bRD @ up_bDF)
+    gate_bRF, up_bRF = (checkpoint_name(x_bRD @ kernel, "hidden") for kernel in (gate_bDF, up_bDF))
+    h_bRF = activation(gate_bRF) * up_bRF
     return collect((h_bRF @ down_bFD).reshape(count * R, -1), rows)
 
 
@@ -172,7 +174,8 @@ def capped(
     rows = laid_out(expert_A, size_E, C * jnp.arange(E), kept_E, jnp.repeat(jnp.arange(E), C))
     gate_EDF, up_EDF, down_EFD = kernels
     x_ECD = axes.shard(dispatch(x_SD, rows).reshape(E, C, -1), "act_experts", None, "hidden")
-    h_ECF = axes.shard(activation(x_ECD @ gate_EDF) * (x_ECD @ up_EDF), "act_experts", None, "act_mlp")
+    gate_ECF, up_ECF = (checkpoint_name(x_ECD @ kernel, "hidden") for kernel in (gate_EDF, up_EDF))
+    h_ECF = axes.shard(activation(gate_ECF) * up_ECF, "act_experts", None, "act_mlp")
     y_ECD = axes.shard(h_ECF @ down_EFD, "act_experts", None, "hidden")
     return collect(y_ECD.reshape(E * C, -1), rows), kept_E
 

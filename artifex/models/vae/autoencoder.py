@@ -19,8 +19,10 @@ from artifex.models.batch import check_images
 from artifex.models.convolution import Conv, GroupNorm, image
 from artifex.models.layers import noise_key
 from artifex.models.resnet import Downsample, ResnetBlock, SpatialAttention, Upsample
+from artifex.models.rows import fill_up
 from artifex.models.vae.config import KLAutoencoderConfig
 from artifex.models.vae.vae import LOGVAR_RANGE, gaussian_kl, image_weights, refuse_labels, weighted_mean
+from artifex.scaling.execution import compiled
 
 EPS = 1e-6  # of every group norm
 
@@ -175,11 +177,11 @@ class KLAutoencoder(nnx.Module):
         return _decode(self, noise / scale + shift)
 
 
-@nnx.jit
+@compiled()
 def _decode(model: KLAutoencoder, z_BHWZ: jax.Array) -> jax.Array:
-    return jnp.clip(model.decode(z_BHWZ), -1, 1)
+    return jnp.clip(model.decode(fill_up(z_BHWZ)), -1, 1)[: z_BHWZ.shape[0]]
 
 
-@nnx.jit
+@compiled()
 def _reconstruct(model: KLAutoencoder, x_BHWC: jax.Array) -> jax.Array:
-    return jnp.clip(model.decode(model.encode(x_BHWC)[0]), -1, 1)
+    return jnp.clip(model.decode(model.encode(fill_up(x_BHWC))[0]), -1, 1)[: x_BHWC.shape[0]]

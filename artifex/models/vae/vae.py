@@ -21,7 +21,9 @@ from artifex.models.convolution import Conv, UpConv, image
 from artifex.models.layers import Linear, noise_key, parameter
 from artifex.models.likelihoods import discretized_gaussian
 from artifex.models.resnet import ResnetBlock
+from artifex.models.rows import fill_up
 from artifex.models.vae.config import VAEConfig
+from artifex.scaling.execution import compiled
 
 LOGVAR_RANGE = (-30.0, 20.0)  # of a posterior, so that its exponential stays finite
 
@@ -199,17 +201,17 @@ def refuse_labels(labels: jax.Array | None) -> None:
         raise ValueError("labels given, but an autoencoder draws images of no particular class; leave them out")
 
 
-@nnx.jit
+@compiled()
 def _decode(model: VAE, z_BZ: jax.Array) -> jax.Array:
-    return jnp.clip(model.decode(z_BZ), -1, 1)
+    return jnp.clip(model.decode(fill_up(z_BZ)), -1, 1)[: z_BZ.shape[0]]
 
 
-@nnx.jit
+@compiled()
 def _reconstruct(model: VAE, x_BHWC: jax.Array) -> jax.Array:
-    return jnp.clip(model.decode(model.encode(x_BHWC)[0]), -1, 1)
+    return jnp.clip(model.decode(model.encode(fill_up(x_BHWC))[0]), -1, 1)[: x_BHWC.shape[0]]
 
 
-@nnx.jit
+@compiled()
 def _interpolate(model: VAE, ends_BHWC: jax.Array, part_S: jax.Array) -> jax.Array:
     a_Z, b_Z = model.encode(ends_BHWC)[0]
     return jnp.clip(model.decode(a_Z[None] + part_S[:, None] * (b_Z - a_Z)[None]), -1, 1)

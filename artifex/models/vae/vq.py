@@ -17,9 +17,11 @@ from flax import nnx
 from artifex.models.batch import check_images
 from artifex.models.convolution import Conv
 from artifex.models.layers import Statistic, buffer
+from artifex.models.rows import fill_up
 from artifex.models.vae.config import VQConfig
 from artifex.models.vae.quantizers import FiniteScalarQuantizer, Quantized, VectorQuantizer, perplexity
 from artifex.models.vae.vae import ConvDecoder, ConvEncoder, image_weights, refuse_labels, weighted_mean
+from artifex.scaling.execution import compiled
 
 
 class VQVAE(nnx.Module):
@@ -97,19 +99,20 @@ class VQVAE(nnx.Module):
         There are no labels to take.
         """
         refuse_labels(labels)
-        return _sample(self, key, count)
+        return _sample(self, key, count=count)
 
 
-@nnx.jit
+@compiled()
 def _reconstruct(model: VQVAE, x_BHWC: jax.Array) -> jax.Array:
-    return jnp.clip(model.decode(model.encode(x_BHWC).values), -1, 1)
+    return jnp.clip(model.decode(model.encode(fill_up(x_BHWC)).values), -1, 1)[: x_BHWC.shape[0]]
 
 
-@nnx.jit(static_argnums=2)
-def _sample(model: VQVAE, key: jax.Array, count: int) -> jax.Array:
+@compiled("count")
+def _sample(model: VQVAE, key: jax.Array, *, count: int) -> jax.Array:
     usage_PK = model.usage[...]
     # untrained, all codes are as likely
     logits_PK = jnp.log(jnp.maximum(usage_PK, 1e-30))
     codes_BP = jax.random.categorical(key, logits_PK, shape=(count, usage_PK.shape[0]))
     size = model.cfg.latent_size
-    return jnp.clip(model.decode_codes(codes_BP.reshape(count, size, size)), -1, 1)
+    codes_BHW = fill_up(codes_BP.reshape(count, size, size))
+    return jnp.clip(model.decode_codes(codes_BHW), -1, 1)[:count]

@@ -1,0 +1,5 @@
+"""tmp"""
+
+from artifex.models.attention import tiles
+
+attention = tiles.attention

@@ -1,0 +1,127 @@
+"""How a model runs: one value, made of a plan, and entered in one place while a program is traced.
+
+    with execution(Execution(rules=plan.rules, mesh=mesh, remat="full")):
+        ...  # what is traced here is laid out, recomputed and computed as it says
+
+A model never asks which machine it is on: it asks the execution at hand. So a program for a TPU slice can be traced and
+compiled on a host that has none. It is a context and no argument, because every layer would have to pass it on and none
+but the innermost read it; `compiled` makes it part of the key of what is compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from artifex.scaling import axes, remat
+
+Platform = Literal["cpu", "gpu", "tpu"]
+Attention = Literal["auto", "tiles", "blockwise", "splash", "cudnn"]
+
+PLATFORMS: dict[str, Platform] = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
+"""What JAX calls a device's platform -> ours."""
+
+
+def platform_of(mesh: Mesh | None) -> Platform:
+    """The platform of a mesh's devices, there or not; without a mesh, that of JAX's first device."""
+    name = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return PLATFORMS.get(name, "gpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """What a model needs beyond its parameters and its input. Changes time and memory, not values beyond rounding.
+
+    `rules`, `mesh`: where activations live; None is one device. `platform`: that of the mesh's devices unless given.
+    `compute_dtype`: what parameters are cast to; None leaves them. `reduce_dtype`: what products of 16-bit numbers are
+    summed in across devices; None leaves it to XLA, which takes the 16 bits. `remat`: see `artifex.scaling.remat`.
+    `unroll`: layers to an iteration of the scan; "auto" is 1 but on one CPU device (`artifex.models.cpu`). `attention`:
+    see `artifex.models.attention`.
+
+    Raises `ValueError` where `remat` offloads on a CPU.
+    """
+
+    remat: str = "none"
+    unroll: int | Literal["auto"] = "auto"
+    attention: Attention = "auto"
+    compute_dtype: str | None = None
+    reduce_dtype: str | None = None
+    rules: axes.Rules = dataclasses.field(default_factory=axes.Rules)
+    mesh: Mesh | None = None
+    platform: Platform | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "remat", remat.canonical(self.remat))
+        if self.platform is None:
+            object.__setattr__(self, "platform", platform_of(self.mesh))
+        away = remat.offloaded(self.remat)
+        if away and self.platform == "cpu":
+            raise ValueError(
+                f"remat offloads {away[0]!r} to the host, but the devices are CPUs, whose memory is the host's; keep "
+                "or recompute it"
+            )
+
+    @property
+    def on_one_cpu(self) -> bool:
+        """Whether what was measured to be fastest on one CPU device holds: see `artifex.models.cpu`."""
+        return self.platform == "cpu" and (self.mesh is None or self.mesh.size == 1)
+
+    def cast(self, tree: Any) -> Any:
+        """A tree of parameters in the compute dtype."""
+        if self.compute_dtype is None:
+            return tree
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(self.compute_dtype)), tree)
+
+
+_EXECUTION: contextvars.ContextVar[Execution | None] = contextvars.ContextVar("artifex_execution", default=None)
+
+
+@contextlib.contextmanager
+def execution(how: Execution) -> Iterator[None]:
+    """Run models as `how` says.
+
+    Enter it inside a function that is jitted, or around one that is `compiled`: the cache of `jax.jit` knows no
+    contexts and would hand the first program to the second.
+    """
+    token = _EXECUTION.set(how)
+    try:
+        with contextlib.nullcontext() if how.mesh is None else axes.activation_rules(how.rules, how.mesh):
+            yield
+    finally:
+        _EXECUTION.reset(token)
+
+
+def current_execution() -> Execution:
+    """How models run here: what the innermost `execution` says, or the defaults of one device."""
+    return _EXECUTION.get() or Execution()
+
+
+def compiled(*static: str) -> Callable[[Callable], Callable]:
+    """Decorates `function(model, *arrays, **static)`: one program for each execution that it is called under.
+
+    `static` names the keyword arguments that are no arrays.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=static)
+        def run(how: Execution, graphdef: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+            with execution(how):
+                return function(nnx.merge(graphdef, state), *args, **kwargs)
+
+        @functools.wraps(function)
+        def call(model: Any, *args: Any, **kwargs: Any) -> Any:
+            graphdef, state = nnx.split(model)
+            return run(current_execution(), graphdef, nnx.to_pure_dict(state), *args, **kwargs)
+
+        return call
+
+    return decorate
