@@ -1,6 +1,12 @@
 """Attention that never holds all scores: each implementation against the product written out, and what it costs."""
 
 import functools
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +17,16 @@ from jax.sharding import AxisType, PartitionSpec
 from test_attention import CASES, arrays, written_out
 
 from artifex.models.attention.blockwise import SAVED, blockwise
+from artifex.models.attention.cudnn import cudnn, saved, takes
+from artifex.models.attention.splash import splash
 
 EVERYTHING = {"causal": False, "window": None, "softcap": None, "scale": None}
-KERNELS = {"blockwise": functools.partial(blockwise, block=48)}
+KERNELS = {
+    "blockwise": functools.partial(blockwise, block=48),
+    "splash": functools.partial(splash, block=128, interpret=True),
+}
+# the interpreter takes longer to compile, and masks of one kind are one kernel
+EACH_CASE = [("blockwise", case) for case in CASES] + [("splash", case) for case in ("all", "window", "softcap")]
 
 
 def plain(query, key, value, *, causal=False, window=None, softcap=None, scale=None):
@@ -41,8 +54,10 @@ def value_and_gradients(attention, given, **options):
 
 
 def equations(jaxpr):
-    """Every equation of a program and of those inside it."""
+    """Every equation of a program and of those inside it, without calls that return nothing: XLA drops them."""
     for equation in jaxpr.eqns:
+        if equation.primitive.name == "jit" and not equation.outvars:
+            continue
         yield equation
         for inner in jaxprs_in_params(equation.params):
             yield from equations(inner)
@@ -59,8 +74,7 @@ def count(found, *names):
     return sum(equation.primitive.name in names for equation in found)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("kernel", "case"), EACH_CASE)
 def test_values_and_gradients_are_those_of_the_softmax_written_out(kernel, case):
     out, gradients = value_and_gradients(KERNELS[kernel], arrays(), **CASES[case])
     np.testing.assert_allclose(out, written_out(*arrays(), **CASES[case]), atol=2e-6)
@@ -68,14 +82,15 @@ def test_values_and_gradients_are_those_of_the_softmax_written_out(kernel, case)
         np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
-    ("queries", "keys", "heads", "key_heads", "options"),
+    ("kernel", "queries", "keys", "heads", "key_heads", "options"),
     [
-        (50, 90, 3, 3, {}),
-        (130, 20, 6, 1, {"softcap": 0.9}),
-        (1, 1, 1, 1, {"causal": True}),
-        (97, 97, 4, 1, {"causal": True}),
+        ("blockwise", 50, 90, 3, 3, {}),
+        ("blockwise", 130, 20, 6, 1, {"softcap": 0.9}),
+        ("blockwise", 97, 97, 4, 1, {"causal": True}),
+        ("blockwise", 1, 1, 1, 1, {"causal": True}),
+        ("splash", 130, 20, 6, 1, {"softcap": 0.9}),
+        ("splash", 1, 1, 1, 1, {"causal": True}),
     ],
 )
 def test_any_lengths_and_groups(kernel, queries, keys, heads, key_heads, options):
@@ -122,11 +137,14 @@ def test_blocks_that_no_query_sees_are_no_work():
     assert pairs(4096, causal=True, window=1) == {8}
 
 
-def test_no_array_of_blocks_grows_with_queries_times_keys():
-    T = 8192
+@pytest.mark.parametrize("kernel", [blockwise, splash])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window": 4096, "softcap": 2.0}])
+def test_no_array_of_the_program_grows_with_queries_times_keys(kernel, options):
+    T = 8192 - 20
     given = [jax.ShapeDtypeStruct((1, T, heads, 8), jnp.bfloat16) for heads in (4, 2, 2)]
-    for equation in traced(blockwise, given, causal=True, window=T // 2, softcap=2.0):
-        assert all(var.aval.size < T * T / 8 for var in (*equation.outvars, *equation.invars) if hasattr(var, "aval"))
+    for equation in traced(kernel, given, **options):
+        for var in (*equation.outvars, *equation.invars):
+            assert getattr(var.aval, "size", 0) < T * T / 8, equation.primitive
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True, "softcap": 3.0}])
@@ -134,7 +152,63 @@ def test_a_policy_that_saves_attention_does_not_compute_it_twice(options):
     products = lambda policy: count(traced(KERNELS["blockwise"], arrays(), policy, **options), "dot_general")  # noqa: E731
     forward, backward = 2, 5 + 1  # and the sum of dO O
     assert products(jax.checkpoint_policies.save_only_these_names(SAVED)) == forward + backward
-    assert products(jax.checkpoint_policies.nothing_saveable) == 2 * forward + backward
+    assert products(None) == 2 * forward + backward
+
+
+def test_a_policy_that_saves_attention_does_not_run_splash_twice():
+    kernels = lambda policy: count(traced(splash, arrays(), policy, causal=True), "pallas_call")  # noqa: E731
+    assert kernels(jax.checkpoint_policies.save_only_these_names(SAVED)) == 3  # and dQ, and dK with dV
+    assert kernels(None) == 4
+
+
+@pytest.fixture
+def cudnn_kernels(monkeypatch):
+    """Traced where there is no cuDNN, which is asked for its version."""
+    fused_attention = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(fused_attention, "check_cudnn_version", lambda: 91_000)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window": 3}])
+def test_cudnns_kernels_stand_in_the_program_for_a_gpu(cudnn_kernels, options):
+    given = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in arrays(16, 16)]
+    attention = functools.partial(cudnn, **(EVERYTHING | options))
+    gradient = jax.jit(jax.grad(lambda given: jnp.sum(attention(*given).astype(jnp.float32))))
+    program = gradient.trace(given).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmax(" in program and "__cudnn$fmhaSoftmaxBackward(" in program
+    assert f"\\22sliding_window_length\\22: {options.get('window', 0)}" in program
+    assert ("CAUSAL" if options else "NO_MASK") in program
+
+
+def test_a_policy_that_saves_attention_does_not_run_cudnn_twice(cudnn_kernels):
+    given = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in arrays(16, 16)]
+    runs = lambda policy: count(traced(cudnn, given, policy), "dot_product_attention_fwd_wrapper")  # noqa: E731
+    either = jax.checkpoint_policies.save_from_both_policies
+    names = jax.checkpoint_policies.save_only_these_names(SAVED)
+    assert runs(saved) == runs(either(names, saved)) == 1
+    assert runs(None) == runs(names) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (("bfloat16", 64, None), True),
+        (("float16", 128, None), True),
+        (("float32", 64, None), False),
+        (("bfloat16", 256, None), False),
+        (("bfloat16", 36, None), False),
+        (("bfloat16", 64, 50.0), False),
+    ],
+)
+def test_cudnn_takes_what_its_kernels_compute_and_refuses_the_rest(cudnn_kernels, given, expected):
+    dtype, head_dim, softcap = given
+    assert takes(*given) == expected
+    shape = jax.ShapeDtypeStruct((1, 16, 2, head_dim), dtype)
+    attention = functools.partial(cudnn, **(EVERYTHING | {"softcap": softcap}))
+    if expected:
+        assert jax.eval_shape(attention, shape, shape, shape) == shape
+    else:
+        with pytest.raises(ValueError, match=f"got {dtype}, {head_dim} and {softcap}"):
+            jax.eval_shape(attention, shape, shape, shape)
 
 
 def test_blocks_run_on_one_devices_part():
@@ -145,3 +219,69 @@ def test_blocks_run_on_one_devices_part():
     split = jax.jit(jax.grad(lambda given: jnp.sum(jnp.sin(parts(*given)))))(arrays())
     whole = jax.jit(jax.grad(lambda given: jnp.sum(jnp.sin(attention(*given)))))(arrays())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), split, whole)
+
+
+# Devices that are not there, each in a process of its own.
+TARGETS = {
+    "tpu": """
+        def devices():
+            return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    """,
+    "cuda": '''
+        H100 = """gpu_device_info {
+            threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+            shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+            block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+            memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+            device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
+            cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+        } platform_name: "CUDA" dnn_version_info { major: 9 } device_description_str: "NVIDIA H100 80GB HBM3" """
+
+        def devices():
+            import jax_plugins.xla_cuda12 as plugin
+
+            with contextlib.suppress(Exception):
+                plugin.initialize()  # registers the platform, and then finds no driver
+            given = {"target_config": H100, "topology": "1x1x1"}
+            return topologies.get_topology_desc(platform="cuda", topology_name="h100", **given).devices
+    ''',
+}
+COMPILED = """
+    import contextlib, functools
+    import jax, jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, PartitionSpec
+    {devices}
+    from artifex.models.attention.{kernel} import {kernel}
+
+    attention = functools.partial({kernel}, **{options})
+    mesh = Mesh(np.array(devices()[:1]), ("rows",))
+    parts = jax.shard_map(attention, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+    where = jax.sharding.NamedSharding(mesh, PartitionSpec())
+    given = [jax.ShapeDtypeStruct((1, {T}, heads, 64), jnp.bfloat16, sharding=where) for heads in (4, 2, 2)]
+    both = jax.jit(jax.value_and_grad(lambda given: jnp.sum(parts(*given).astype(jnp.float32))))
+    print(both.lower(given).compile().as_text())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window": 1000, "softcap": 30.0}])
+@pytest.mark.parametrize(("kernel", "target"), [("splash", "tpu"), ("blockwise", "cuda"), ("cudnn", "cuda")])
+def test_no_array_of_the_compiled_program_grows_with_queries_times_keys(kernel, target, options):
+    pytest.importorskip({"tpu": "libtpu", "cuda": "jax_plugins.xla_cuda12"}[target])
+    T = 4096
+    options = EVERYTHING | options | ({"softcap": None} if kernel == "cudnn" else {})
+    devices = textwrap.indent(textwrap.dedent(TARGETS[target]), "    ")
+    program = textwrap.dedent(COMPILED.format(devices=devices, kernel=kernel, options=options, T=T))
+    tpu = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    tpu |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
+    root = pathlib.Path(__file__).parent.parent
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=root, env=os.environ | tpu, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    sizes = {
+        shape: np.prod([int(dim) for dim in shape.split(",")]) for shape in re.findall(r"\[(\d[\d,]*)\]", done.stdout)
+    }
+    assert T * 4 * 64 in sizes.values()
+    assert [shape for shape, size in sizes.items() if size >= T * T / 4] == []

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 # A block's scores then take 1 MiB a head, and the diagonal's hidden half 512 / T of a causal product: a sixteenth at
 # 8,192. Products of fewer rows are bound by memory, reading 512 keys of H numbers for 512 queries is not.
 BLOCK = 512
+STEP = 8  # blocks are multiples of it, as the products of a GPU want their dims
 HIDDEN = -1e30  # finite: a row of hidden scores alone, which padding makes, has weights and a gradient of 0, no NaN
 SAVED = "attention"  # what a remat policy calls the output and the logsumexp, which are all the backward pass needs
 
@@ -40,9 +41,10 @@ def blockwise(
     """
     _, T, _, H = query_BTNH.shape
     S = key_BSKH.shape[1]
-    form = _Form(causal, window, softcap, H**-0.5 if scale is None else scale, S, _even(T, block), _even(S, block))
-    padded = (_padded(query_BTNH, form.rows), _padded(key_BSKH, form.columns), _padded(value_BSKH, form.columns))
-    out_BTNH: Any = _attention(form, *padded)
+    rows, columns = even(T, block, STEP), even(S, block, STEP)
+    form = _Form(causal, window, softcap, H**-0.5 if scale is None else scale, S, rows, columns)
+    whole = (padded(query_BTNH, rows), padded(key_BSKH, columns), padded(value_BSKH, columns))
+    out_BTNH: Any = _attention(form, *whole)
     return out_BTNH[:, :T]
 
 
@@ -179,13 +181,14 @@ def _backward(form: _Form, kept: Any, dout_BTNH: jax.Array) -> tuple[jax.Array, 
 _attention.defvjp(_forward, _backward)
 
 
-def _even(length: int, block: int) -> int:
-    """The size of blocks that cut `length` evenly: a multiple of 16, as tensor cores want, unless it is one block."""
+def even(length: int, block: int, step: int) -> int:
+    """The size, a multiple of `step`, of the fewest blocks of at most `block` that cut `length`, padded the least."""
     count = -(-length // block)
-    return length if count == 1 else -(-length // (16 * count)) * 16
+    return -(-length // (step * count)) * step
 
 
-def _padded(x_BTNH: jax.Array, block: int) -> jax.Array:
+def padded(x_BTNH: jax.Array, block: int) -> jax.Array:
+    """With zeros behind, so that blocks cut it."""
     return jnp.pad(x_BTNH, ((0, 0), (0, -x_BTNH.shape[1] % block), (0, 0), (0, 0)))
 
 
