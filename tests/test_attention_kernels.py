@@ -120,7 +120,7 @@ def test_bfloat16_is_rounded_little_more_than_its_result_has_to_be(kernel, optio
     for name, ours, exact in zip(("query", "key", "value"), gradients, expected[1], strict=True):
         # weights, their gradients and the output are rounded too
         error, rounding = errors(ours, exact)
-        assert error < 2.5 * rounding, (name, error / rounding)
+        assert error < 1.6 * rounding, name
 
 
 def test_blocks_that_no_query_sees_are_no_work():
@@ -150,7 +150,7 @@ def test_no_array_of_the_program_grows_with_queries_times_keys(kernel, options):
 @pytest.mark.parametrize("options", [{}, {"causal": True, "softcap": 3.0}])
 def test_a_policy_that_saves_attention_does_not_compute_it_twice(options):
     products = lambda policy: count(traced(KERNELS["blockwise"], arrays(), policy, **options), "dot_general")  # noqa: E731
-    forward, backward = 2, 5 + 1  # and the sum of dO O
+    forward, backward = 2, 5
     assert products(jax.checkpoint_policies.save_only_these_names(SAVED)) == forward + backward
     assert products(None) == 2 * forward + backward
 

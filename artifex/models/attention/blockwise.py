@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-# A block's scores then take 1 MiB a head, and the diagonal's hidden half 512 / T of a causal product: a sixteenth at
-# 8,192. Products of fewer rows are bound by memory, reading 512 keys of H numbers for 512 queries is not.
+# A block's scores are then 1 MiB a head. At 8,192 causal tokens 136 pairs of blocks follow each other, and a sixteenth
+# of their scores is hidden; blocks of 256 make 528 pairs, of 1,024 four times the scores and an eighth of them hidden.
 BLOCK = 512
 STEP = 8  # blocks are multiples of it, as the products of a GPU want their dims
 HIDDEN = -1e30  # finite: a row of hidden scores alone, which padding makes, has weights and a gradient of 0, no NaN
@@ -33,7 +33,7 @@ def blockwise(
     scale: float | None,
     block: int = BLOCK,
 ) -> jax.Array:
-    """softmax(scale Q K^T) V, (B, T, N, H) in the dtype of `query_BTNH`, by blocks of at most about `block`.
+    """softmax(scale Q K^T) V, (B, T, N, H) in the dtype of `query_BTNH`, by blocks of about `block`.
 
     Only pairs of blocks in which some query sees some key are computed, in both directions. Products take the arrays as
     they are, 16-bit weights rounded once for them; sums, maxima and accumulators are float32. The backward pass
@@ -143,7 +143,7 @@ def _backward(form: _Form, kept: Any, dout_BTNH: jax.Array) -> tuple[jax.Array, 
     (B, T, N, H), (S, K) = query_BTNH.shape, key_BSKH.shape[1:3]
     G = N // K
     R = form.rows * G
-    shared_BTN = _product("BTNH,BTNH->BTN", dout_BTNH, out_BTNH)
+    shared_BTN = jnp.sum(dout_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1)
     shared_BKR = shared_BTN.reshape(B, T, K, G).swapaxes(1, 2).reshape(B, K, T * G)
 
     def pair(carry: Any, indices: jax.Array) -> tuple[Any, None]:
