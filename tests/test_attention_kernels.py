@@ -17,8 +17,9 @@ from jax.sharding import AxisType, PartitionSpec
 from test_attention import CASES, arrays, written_out
 
 from artifex.models.attention.blockwise import SAVED, blockwise
-from artifex.models.attention.cudnn import cudnn, saved, takes
+from artifex.models.attention.cudnn import cudnn, takes
 from artifex.models.attention.splash import splash
+from artifex.scaling import remat
 
 EVERYTHING = {"causal": False, "window": None, "softcap": None, "scale": None}
 KERNELS = {
@@ -182,10 +183,8 @@ def test_cudnns_kernels_stand_in_the_program_for_a_gpu(cudnn_kernels, options):
 def test_a_policy_that_saves_attention_does_not_run_cudnn_twice(cudnn_kernels):
     given = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in arrays(16, 16)]
     runs = lambda policy: count(traced(cudnn, given, policy), "dot_product_attention_fwd_wrapper")  # noqa: E731
-    either = jax.checkpoint_policies.save_from_both_policies
-    names = jax.checkpoint_policies.save_only_these_names(SAVED)
-    assert runs(saved) == runs(either(names, saved)) == 1
-    assert runs(None) == runs(names) == 2
+    assert runs(remat.policy("attention=keep")) == runs(remat.policy("dots")) == 1
+    assert runs(None) == runs(remat.policy("qkv=keep")) == 2
 
 
 @pytest.mark.parametrize(

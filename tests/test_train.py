@@ -19,7 +19,6 @@ from artifex.data.tokenizers import ByteTokenizer, save_tokenizer
 from artifex.models import weights
 from artifex.scaling.checkpoints import Checkpoints
 from artifex.training.state import blueprint
-from artifex.training.step import make_loss
 
 TEXT = "\n".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(400))
 
@@ -316,11 +315,10 @@ def test_validation_of_masked_diffusion_is_an_estimate_at_any_batch_shape(source
     batches = list(run.task.validation(None))
     assert 0 < batches[-1]["mask"][:, 0].sum() < rows, "the last batch is partly filled"
     stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
-    loss = make_loss(run.blue)
 
     def fresh(key):
         def one(batch_and_key):
-            value, (metrics, _) = loss(run.state.params, run.state.buffers, *batch_and_key)
+            value, (metrics, _) = run.blue.loss(run.state.params, run.state.buffers, *batch_and_key)
             return value * metrics["weight"]
 
         return jnp.sum(jax.lax.map(one, (stacked, jax.random.split(key, len(batches))))) / weight

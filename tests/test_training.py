@@ -159,12 +159,12 @@ def test_validation_of_averaged_weights_has_the_averages_of_statistics():
         k = min(0.9, (1 + index) / (10 + index))
         latest = jax.device_get(state.buffers["quantizer"])
         average = {name: k * average[name] + (1 - k) * latest[name] for name in average}
-    quantizer = blue.model(state).quantizer
+    quantizer = blue.run(state, lambda model: model.quantizer)
     np.testing.assert_allclose(quantizer.counts[...], average["counts"], rtol=1e-5)
     entries = average["sums"] / average["counts"][:, None]
     np.testing.assert_allclose(quantizer.codebook, entries, rtol=1e-3, atol=1e-4)
     # and so has the compiled evaluation
-    codes = np.asarray(blue.model(state).encode(data["image"]).codes)
+    codes = np.asarray(blue.run(state, lambda model: model.encode(data["image"]).codes))
     assert float(make_evaluate(blue)(state, data)["codes_used"]) == 8 * len(np.unique(codes))
 
 

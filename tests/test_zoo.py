@@ -143,15 +143,13 @@ def test_training_on_a_mesh_equals_one_device(alone, mesh, tmp_path):
 
 def test_a_sample_has_its_shape_and_is_a_function_of_the_key(alone):
     _, blue, state, *_ = alone
-    model = blue.model(state)
+    cfg = blue.config.model.spec()
+    how = {"prompt": np.full((2, 4), 32), "num_tokens": 8} if cfg.reads == "text" else {"count": 4}
 
     def draw(seed):
-        key = jax.random.key(seed)
-        if model.cfg.reads == "text":
-            return np.asarray(model.sample(key, prompt=np.full((2, 4), 32), num_tokens=8))
-        return np.asarray(model.sample(key, count=4))
+        return np.asarray(blue.run(state, lambda model: model.sample(jax.random.key(seed), **how)))
 
-    first, cfg = draw(0), model.cfg
+    first = draw(0)
     assert first.shape == ((2, 8) if cfg.reads == "text" else (4, cfg.image_size, cfg.image_size, cfg.channels))
     if cfg.reads == "images":
         assert first.dtype == np.float32 and np.abs(first).max() <= 1

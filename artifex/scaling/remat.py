@@ -73,8 +73,8 @@ def _keeping(names: tuple[str, ...]) -> Callable[..., Any]:
 
 
 def _fused(prim: Any, *_: Any, **__: Any) -> bool:
-    """Whether this is cuDNN's attention, whose output and statistics no name can be put on."""
-    return prim.name.startswith("dot_product_attention_fwd")
+    """Whether this is cuDNN's attention: its logsumexp has no name, and the output's alone would not do."""
+    return prim.name == "dot_product_attention_fwd_wrapper"
 
 
 def _fates(setting: str | Mapping[str, str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from artifex.models import cpu
 from artifex.models.attention import blockwise, cudnn, splash, tiles
 from artifex.scaling import axes
 from artifex.scaling.execution import Platform, current_execution
@@ -22,10 +23,10 @@ from artifex.scaling.local import local
 Implementation = Literal["tiles", "blockwise", "splash", "cudnn"]
 
 IMPLEMENTATIONS: dict[Implementation, Callable[..., jax.Array]] = {
-    "tiles": tiles.attention,
-    "blockwise": blockwise.attention,
-    "splash": splash.attention,
-    "cudnn": cudnn.attention,
+    "tiles": tiles.tiles,
+    "blockwise": blockwise.blockwise,
+    "splash": splash.splash,
+    "cudnn": cudnn.cudnn,
 }
 """Each computes `attention(query, key, value, causal=, window=, softcap=, scale=)` of one device's part."""
 
@@ -60,12 +61,13 @@ def dot_product_attention(
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"window {window} with causal={causal}; a window is at least 1 and looks back: set causal")
     window = None if window is None or window >= S else window
-    how = _implementation(query_BTNH.dtype, H, softcap)
+    how = _implementation(query_BTNH.dtype, H, S, softcap)
     if (taken := _TAKEN.get()) is not None:
         taken.add(how)
-    attention = functools.partial(
-        IMPLEMENTATIONS[how], causal=causal, window=window, softcap=softcap, scale=H**-0.5 if scale is None else scale
-    )
+    bounds: dict[str, Any] = {"window": window, "softcap": softcap, "scale": scale}
+    if how == "blockwise" and current_execution().on_one_cpu:
+        bounds["block"] = cpu.ATTENTION_BLOCK
+    attention = functools.partial(IMPLEMENTATIONS[how], causal=causal, **bounds)
     heads = "act_kv_heads"
     if axes.activation_axes("act_kv_heads", K) != axes.activation_axes("act_heads", N):
         # key heads that do not divide over the devices that share the query heads: each is held by several
@@ -87,30 +89,27 @@ def recording() -> Iterator[set[Implementation]]:
 
 
 def implementation_for(
-    platform: Platform, dtype: Any, head_dim: int, *, softcap: float | None = None, one_device: bool = True
+    platform: Platform, dtype: Any, head_dim: int, softcap: float | None = None, *, keys: int = 0, one_cpu: bool = True
 ) -> Implementation:
     """How attention is computed on a platform. None but "tiles" holds all scores of a head at once, in any direction.
 
     "splash", JAX's kernel, on a TPU. On a GPU "cudnn" for what it takes (`artifex.models.attention.cudnn.takes`), else
-    "blockwise", our own scan with a running maximum, which is also what simulated devices run. "tiles", plain products,
-    on one CPU device, where they are the fastest.
+    "blockwise", our own scan with a running maximum, which is also what simulated devices run. On one CPU device
+    "tiles", plain products, for fewer `keys` than `artifex.models.cpu.TILES_BELOW`.
     """
     if platform == "tpu":
         return "splash"
     if platform == "gpu":
         return "cudnn" if cudnn.takes(dtype, head_dim, softcap) else "blockwise"
-    return "tiles" if one_device else "blockwise"
+    return "tiles" if one_cpu and keys < cpu.TILES_BELOW else "blockwise"
 
 
-def _implementation(dtype: Any, head_dim: int, softcap: float | None) -> Implementation:
+def _implementation(dtype: Any, head_dim: int, keys: int, softcap: float | None) -> Implementation:
     """The one that the execution at hand asks for, or the device's."""
     how = current_execution()
     if how.attention == "auto":
         assert how.platform is not None, "an execution knows its platform"
-        return implementation_for(how.platform, dtype, head_dim, softcap=softcap, one_device=how.on_one_cpu)
-    if how.attention == "cudnn" and not cudnn.takes(dtype, head_dim, softcap):
-        got = f"{dtype}, head_dim {head_dim} and {'a softcap' if softcap is not None else 'no softcap'}"
-        raise ValueError(f"attention 'cudnn' takes {cudnn.TAKES}, got {got}; set attention to 'auto'")
+        return implementation_for(how.platform, dtype, head_dim, softcap, keys=keys, one_cpu=how.on_one_cpu)
     if how.attention == "splash" and how.platform != "tpu":
         raise ValueError(f"attention 'splash' is for TPUs, the platform is {how.platform!r}; set attention to 'auto'")
     return how.attention

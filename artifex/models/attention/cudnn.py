@@ -51,11 +51,3 @@ def takes(dtype: Any, head_dim: int, softcap: float | None) -> bool:
     return (
         jnp.dtype(dtype) in (jnp.float16, jnp.bfloat16) and head_dim <= HEAD_DIM and head_dim % 8 == 0 and not softcap
     )
-
-
-def saved(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A remat policy that saves the kernel's output and logsumexp, so that the backward pass does not run it again.
-
-    JAX gives the logsumexp no name, and a name for the output alone would not do.
-    """
-    return primitive.name == "dot_product_attention_fwd_wrapper"

@@ -14,7 +14,7 @@ TILE = 64  # queries at least: smaller products run below a CPU's rate
 MOST_TILES = 16  # each one is compiled by itself
 
 
-def attention(
+def tiles(
     query_BTNH: jax.Array,
     key_BSKH: jax.Array,
     value_BSKH: jax.Array,
@@ -22,7 +22,7 @@ def attention(
     causal: bool,
     window: int | None,
     softcap: float | None,
-    scale: float,
+    scale: float | None,
 ) -> jax.Array:
     """By tiles of queries, each with the keys from the start of its first query's window to its own end: (B, T, N, H).
 
