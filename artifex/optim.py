@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, traverse_util
-from optax.contrib import MuonDimensionNumbers, muon
 
 from artifex.config import OptimizerConfig
-
-BATCHED = ("layers", "experts")  # leading dims that count parameters
+from artifex.muon import Layout, muon
+from artifex.scaling.stacks import stacked
 
 
 def make_schedule(cfg: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
@@ -40,15 +39,18 @@ def inputs_of(params: nnx.State) -> Any:
     return traverse_util.unflatten_dict({path: leaf.get_metadata().get("inputs", 0) for path, leaf in known})
 
 
-def make_optimizer(cfg: OptimizerConfig, steps: int, names: Any, inputs: Any) -> optax.GradientTransformation:
+def make_optimizer(
+    cfg: OptimizerConfig, steps: int, names: Any, inputs: Any, layout: Layout | None = None
+) -> optax.GradientTransformation:
     """The optax chain for a tree of parameters whose logical axes are `names` (same tree, a tuple at each leaf).
 
     `inputs`, the same tree, is that of `inputs_of`: Muon (Jordan 2024) takes the matrices inside the model, with update
     sizes matched to AdamW's (Liu et al. 2025, arXiv:2502.16982); the rest goes to AdamW. Weight decay takes what has
     two dims or more and is no bias: kernels and tables. Repeated blocks and experts count as parameters of their own.
+    On a mesh, `layout` says where an array of the optimizer lives; the numbers are the same.
     """
     rate = make_schedule(cfg, steps)
-    decayed = _map_names(lambda path, axes: path[-1].key != "bias" and len(axes) - batched(axes) > 1, names)
+    decayed = _map_names(lambda path, axes: path[-1].key != "bias" and len(axes) - stacked(axes) > 1, names)
     if cfg.name == "adamw":
         chosen = optax.adamw(rate, b1=cfg.beta1, b2=cfg.beta2, eps=cfg.eps, weight_decay=cfg.weight_decay, mask=decayed)
     elif cfg.name == "lion":
@@ -63,17 +65,17 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, names: Any, inputs: Any) ->
         )
     elif cfg.name == "muon":
         direction = muon(
-            1.0,  # the rate comes after the decay: optax's own would decay norms as well
+            names,
+            inputs,
             beta=cfg.momentum,
             adam_b1=cfg.beta1,
             adam_b2=cfg.beta2,
             eps=cfg.eps,
-            muon_weight_dimension_numbers=_map_names(lambda _, axes, count: matrix_dims(axes, count), names, inputs),
-            consistent_rms=0.2,
+            layout=layout,
         )
         chosen = optax.chain(
             direction,
-            optax.scale(-1.0),
+            optax.scale(-1.0),  # the rate comes after the decay
             optax.add_decayed_weights(cfg.weight_decay, decayed),
             optax.scale_by_learning_rate(rate),
         )
@@ -86,18 +88,6 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, names: Any, inputs: Any) ->
     return optax.GradientTransformation(chosen.init, _promoting(chosen.update))
 
 
-def batched(names: tuple[str, ...]) -> int:
-    """How many leading dims count parameters that are stacked."""
-    return next((dim for dim, name in enumerate(names) if name not in BATCHED), len(names))
-
-
-def matrix_dims(names: tuple[str, ...], inputs: int) -> MuonDimensionNumbers | None:
-    """Which dims of a weight are a matrix's inputs and outputs; None where `inputs` is 0."""
-    first = batched(names)
-    split = first + inputs
-    return MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, len(names)))) if inputs else None
-
-
 def clip_by_rms(names: Any, threshold: float = 1.0) -> optax.GradientTransformation:
     """Each parameter's update divided by max(1, rms / threshold): Shazeer and Stern 2018 (arXiv:1804.04235), (5).
 
@@ -105,7 +95,7 @@ def clip_by_rms(names: Any, threshold: float = 1.0) -> optax.GradientTransformat
     """
 
     def clip(_: Any, axes: tuple[str, ...], update: jax.Array) -> jax.Array:
-        own = tuple(range(batched(axes), update.ndim))
+        own = tuple(range(stacked(axes), update.ndim))
         rms = jnp.sqrt(jnp.mean(jnp.square(update), axis=own, keepdims=True))
         return update / jnp.maximum(1.0, rms / threshold)
 

@@ -62,7 +62,14 @@ def sharding(
     kept = kept_names(leaf.shape, like.shape, names)
     if kept is None:
         return NamedSharding(mesh, PartitionSpec())
-    return NamedSharding(mesh, resolve(kept, leaf.shape, table, mesh_sizes(mesh), rules.min_weight_size).spec)
+    return layout(leaf.shape, kept, table, rules, mesh)
+
+
+def layout(
+    shape: tuple[int, ...], names: tuple[str, ...], table: tuple[Rule, ...], rules: Rules, mesh: Mesh
+) -> NamedSharding:
+    """Where an array of this shape and these logical axes lives, by one table of `rules`."""
+    return NamedSharding(mesh, resolve(names, shape, table, mesh_sizes(mesh), rules.min_weight_size).spec)
 
 
 def kept_names(shape: tuple[int, ...], full: tuple[int, ...], names: tuple[str, ...]) -> tuple[str, ...] | None:

@@ -152,11 +152,12 @@ def blueprint(config: Config, plan: Plan, mesh: Mesh) -> Blueprint:
     graphdef, trained, rest = nnx.split(abstract, nnx.Param, ...)
     names, buffer_names = placement.names_of(trained), placement.names_of(rest)
     frozen = frozen_of(config, trained)
-    of_trained = (freezing.split(tree, frozen)[0] for tree in (names, inputs_of(trained)))
-    optimizer = make_optimizer(config.optimizer, config.training.steps, *of_trained)
-    state = jax.eval_shape(lambda: _fresh(config, optimizer, frozen))
+    names_trained, inputs = (freezing.split(tree, frozen)[0] for tree in (names, inputs_of(trained)))
     rules, whole = plan.rules, NamedSharding(mesh, PartitionSpec())
     place = functools.partial(placement.sharding, rules=rules, mesh=mesh)
+    layout = functools.partial(placement.layout, table=rules.optimizer, rules=rules, mesh=mesh)
+    optimizer = make_optimizer(config.optimizer, config.training.steps, names_trained, inputs, layout)
+    state = jax.eval_shape(lambda: _fresh(config, optimizer, frozen))
     placed = TrainState(
         step=whole,
         params=jax.tree.map(functools.partial(place, table=rules.params), state.params, state.params, names),
