@@ -51,6 +51,10 @@ class Statistic(Buffer):
     """
 
 
+class Frozen(Buffer):
+    """A `Buffer` that is a weight of a part that is not trained: computed with in a step's dtype, and never changed."""
+
+
 def buffer(value: jax.Array, *names: str, kind: type[Buffer] = Buffer) -> Buffer:
     """A `Buffer`, or a `Statistic`, whose metadata names each dim of `value`, as `parameter` does."""
     axes.check_names(names, value.shape, "buffer")
@@ -58,11 +62,11 @@ def buffer(value: jax.Array, *names: str, kind: type[Buffer] = Buffer) -> Buffer
 
 
 def freeze(module: nnx.Module) -> nnx.Module:
-    """Turn every parameter of `module` into a `Buffer`, in place: it is saved with the model and never trained."""
+    """Turn every parameter of `module` into a `Frozen` one, in place: it is saved with the model and never trained."""
     for path, leaf in list(nnx.iter_graph(module)):
         if isinstance(leaf, nnx.Param):
             owner = functools.reduce(_item, path[:-1], module)
-            frozen = Buffer(leaf.get_raw_value(), **leaf.get_metadata())
+            frozen = Frozen(leaf.get_raw_value(), **leaf.get_metadata())
             if isinstance(owner, nnx.Module):
                 setattr(owner, str(path[-1]), frozen)
             else:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -42,7 +41,7 @@ class Execution:
     """What a model needs beyond its parameters and its input. Changes time and memory, not values beyond rounding.
 
     `rules`, `mesh`: where activations live; None is one device. `platform`: that of the mesh's devices unless given.
-    `compute_dtype`: what parameters are cast to; None leaves them. `reduce_dtype`: what products of 16-bit numbers are
+    `compute_dtype`: what the blueprint casts parameters to. `reduce_dtype`: what products of 16-bit numbers are
     summed in across devices; None leaves it to XLA, which takes the 16 bits. `remat`: see `artifex.scaling.remat`.
     `unroll`: layers to an iteration of the scan; "auto" is 1 but on one CPU device (`artifex.models.cpu`). `attention`:
     see `artifex.models.attention`.
@@ -53,7 +52,7 @@ class Execution:
     remat: str = "none"
     unroll: int | Literal["auto"] = "auto"
     attention: Attention = "auto"
-    compute_dtype: str | None = None
+    compute_dtype: str = "float32"
     reduce_dtype: str | None = None
     rules: axes.Rules = dataclasses.field(default_factory=axes.Rules)
     mesh: Mesh | None = None
@@ -74,12 +73,6 @@ class Execution:
     def on_one_cpu(self) -> bool:
         """Whether what was measured to be fastest on one CPU device holds: see `artifex.models.cpu`."""
         return self.platform == "cpu" and (self.mesh is None or self.mesh.size == 1)
-
-    def cast(self, tree: Any) -> Any:
-        """A tree of parameters in the compute dtype."""
-        if self.compute_dtype is None:
-            return tree
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(self.compute_dtype)), tree)
 
 
 _EXECUTION: contextvars.ContextVar[Execution | None] = contextvars.ContextVar("artifex_execution", default=None)

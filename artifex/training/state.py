@@ -22,6 +22,7 @@ from artifex.scaling import placement
 from artifex.scaling.execution import Execution, execution
 from artifex.scaling.plan import Plan
 from artifex.training import freezing
+from artifex.training.precision import carried, in_dtype, model_in
 
 Result = TypeVar("Result")
 
@@ -92,10 +93,9 @@ class Blueprint:
         """
         how = self.execution
         with execution(how):
-            model = nnx.merge(self.graphdef, how.cast(params), buffers)
+            model = model_in(how.compute_dtype, self.graphdef, params, buffers)
             value, metrics = model.loss(batch, None if key is None else nnx.Rngs(key), index=index)
-            _, _, rest = nnx.split(model, nnx.Param, ...)
-            return value, (metrics, nnx.to_pure_dict(rest))
+            return value, (metrics, carried(model, buffers))
 
     def run(self, state: TrainState, function: Callable[..., Result], *args: Any) -> Result:
         """`function(model, *args)` under the plan, in the compute dtype: samples, reconstructions, scores.
@@ -105,7 +105,8 @@ class Blueprint:
         """
         how = self.execution
         with execution(how):
-            return function(nnx.merge(self.graphdef, how.cast(state.weights), state.weights_buffers), *args)
+            model = model_in(how.compute_dtype, self.graphdef, state.weights, state.weights_buffers)
+            return function(model, *args)
 
     def split(self, tree: Any) -> tuple[Any, Any]:
         """What of a tree like the parameters is trained, and what is frozen; `freezing.join` puts both together."""
@@ -134,11 +135,6 @@ class Blueprint:
             )
             for key, value in batch.items()
         }
-
-
-def in_dtype(tree: Any, dtype: str) -> Any:
-    """A tree of floating-point arrays in another dtype."""
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), tree)
 
 
 def within(tree: Any, part: Any) -> Any:

@@ -13,7 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from artifex.optim import make_schedule
 from artifex.training.freezing import join
-from artifex.training.state import Blueprint, TrainState, in_dtype, within
+from artifex.training.precision import in_dtype
+from artifex.training.state import Blueprint, TrainState, within
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
