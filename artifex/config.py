@@ -56,6 +56,10 @@ class DataConfig(Section):
     corrupt: Literal["refuse", "skip"] = Field(
         default="refuse", description="images: what to do with files that cannot be read; skipped ones are counted"
     )
+    cache_latents: bool = Field(
+        default=False,
+        description="latent diffusion: encode every image once, to the run's cache folder, instead of in every step",
+    )
     classes: tuple[Annotated[Int, Field(ge=0)], ...] | None = Field(
         default=None,
         min_length=1,
@@ -282,7 +286,7 @@ class DeviceConfig(Section):
 ABOUT: dict[tuple[str, str], Literal["text", "images"]] = {
     **dict.fromkeys([("data", field) for field in ("tokenizer", "bpe_vocab_size", "sequence_length")], "text"),
     **dict.fromkeys([("training", field) for field in ("sample_tokens", "sample_prompt")], "text"),
-    **dict.fromkeys([("data", field) for field in ("flip", "crop", "corrupt", "classes")], "images"),
+    **dict.fromkeys([("data", field) for field in ("flip", "crop", "corrupt", "cache_latents", "classes")], "images"),
     **dict.fromkeys([("training", field) for field in ("sample_images", "score_images")], "images"),
 }
 """Fields that only a model of text or only one of images makes use of."""
@@ -324,6 +328,12 @@ class Config(Section):
             if of != reads and getattr(getattr(self, section), field) != default:
                 says = f"is about {of}, but {self.model.name!r} learns from {reads}; leave it at {shown(default)}"
                 raise ConfigError(says, (section, field))
+        if self.data.cache_latents and getattr(self.model.spec(), "autoencoder", None) is None:
+            says = f"is about latents, but {self.model.name!r} has no autoencoder; leave it at false"
+            raise ConfigError(says, ("data", "cache_latents"))
+        if self.data.cache_latents and self.data.crop:
+            says = f"must be 0 with data.cache_latents, got {self.data.crop}: each shift of an image has other latents"
+            raise ConfigError(says, ("data", "crop"))
         _check_most("optimizer.warmup_steps", self.optimizer.warmup_steps, "training.steps", self.training.steps)
         if self.training.batch_size % (parts := self.training.gradient_accumulation):
             says = f"must divide training.batch_size {self.training.batch_size}, got {parts}"

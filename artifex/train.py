@@ -89,10 +89,11 @@ class Run:
 
 def open_run(config: Config, run_dir: str | Path, *, start_anew: bool = False) -> Run:
     """Everything before the step is compiled, in the order in which mistakes are cheap. Writes nothing to the folder
-    but a tokenizer it had to train, to `cache/`."""
+    but what can be made again, to `cache/`: a tokenizer it had to train, latents."""
     import jax
 
     from artifex.scaling.checkpoints import Checkpoints
+    from artifex.training.latent_cache import with_latents
     from artifex.training.latents import as_known, settle
     from artifex.training.memory import check_state, device_bytes, explained
     from artifex.training.progress import Report
@@ -124,6 +125,9 @@ def open_run(config: Config, run_dir: str | Path, *, start_anew: bool = False) -
     blue, latents = (blue, []) if folder.config.exists() else settle(blue, state, task.corpus)
     notes = [*task.corpus.changes, *(f"changed since it was saved: {change}" for change in changes), *latents, *notes]
     report = Report(start, config.training.steps, bar=config.logging.progress)
+    if config.data.cache_latents:
+        with report.busy("encoding every image"):
+            task = with_latents(task, blue, state, folder)
     return Run(blue, task, folder, checkpoints, state, start, notes, report)
 
 

@@ -45,6 +45,9 @@ class ImageBatches:
     Order and changes follow from (seed, row since step 0) by a hash: any step is reached at once, and process p of P
     holds rows [p B/P, (p+1) B/P) of the one global batch.
 
+    With `latents`, what an autoencoder says of every training image, float32 (1, N, 2, H, W, Z), or (2, ...) with those
+    of the mirrored ones, a batch has `latent_mean` and `latent_logvar` [R, H, W, Z] in place of `image`.
+
     Raises `ValueError` for sizes that do not fit together.
     """
 
@@ -54,6 +57,7 @@ class ImageBatches:
     seed: int = 0
     flip: bool = False
     crop: int = 0
+    latents: np.ndarray | None = None
     process_index: int = 0
     process_count: int = 1
 
@@ -63,6 +67,13 @@ class ImageBatches:
             raise ValueError(f"seed is {self.seed}; it must be at least 0")
         if not 0 <= self.crop < self.corpus.image_size:
             raise ValueError(f"crop is {self.crop}; images of {self.corpus.image_size} pixels shift by 0 to one less")
+        if self.latents is not None:
+            wanted = (1 + self.flip, len(self.corpus.train), 2)
+            if self.crop or self.latents.shape[:3] != wanted:
+                raise ValueError(
+                    f"latents are of shape {self.latents.shape} and crop is {self.crop}; expected {wanted} and 3 dims "
+                    "more, and crop 0: compute them of this corpus, with this flip"
+                )
 
     @property
     def images_per_epoch(self) -> int:
@@ -76,10 +87,13 @@ class ImageBatches:
         local = local_rows(self.batch_size, self.process_index, self.process_count)
         first = step * self.batch_size + local.start
         split, places = self.corpus.train, [self._image_at(first + row) for row in range(len(local))]
+        if self.latents is not None:
+            mirrored_R = self._words(first, len(places))[:, 0] >> 63 if self.flip else np.zeros(len(places), np.int64)
+            return _labelled(split, places, _posterior(self.latents, mirrored_R, places))
         image_RHWC = np.stack([split.image(place) for place in places])
         if self.flip or self.crop:
             image_RHWC = self._changed(image_RHWC, first)
-        return _batch(split, places, image_RHWC, self.corpus.levels)
+        return _labelled(split, places, {"image": to_float(image_RHWC, self.corpus.levels)})
 
     def _image_at(self, row: int) -> int:
         """Which image the row-th row since step 0 shows."""
@@ -88,10 +102,8 @@ class ImageBatches:
         return int(image_at(place))
 
     def _changed(self, image_RHWC: np.ndarray, first: int) -> np.ndarray:
-        """Rows flipped and shifted, by the numbers that stand at the place `first` of one long sequence."""
-        key = np.random.SeedSequence(self.seed, spawn_key=(0, 1)).generate_state(2, np.uint64)
-        # a count of Philox is four numbers: row r has those of count first + r, whichever batch it is drawn in
-        words_R4 = np.random.Philox(key=key, counter=first).random_raw(4 * len(image_RHWC)).reshape(-1, 4)
+        """Rows flipped and shifted, those from row `first` since step 0 on."""
+        words_R4 = self._words(first, len(image_RHWC))
         size, crop = self.corpus.image_size, self.crop
         inside = np.pad(np.arange(size), crop, mode="reflect") if crop else np.arange(size)
         shifts = 2 * crop + 1
@@ -102,6 +114,12 @@ class ImageBatches:
                 columns = columns[::-1]
             row_HWC[:] = image_HWC[rows[:, None], columns]
         return changed
+
+    def _words(self, first: int, rows: int) -> np.ndarray:
+        """Four random numbers for each row from `first` on, by which it is changed: places of one long sequence."""
+        key = np.random.SeedSequence(self.seed, spawn_key=(0, 1)).generate_state(2, np.uint64)
+        # a count of Philox is four numbers: row r has those of count first + r, whichever batch it is drawn in
+        return np.random.Philox(key=key, counter=first).random_raw(4 * rows).reshape(-1, 4)
 
     def stream(self, start_step: int = 0) -> grain.DatasetIterator[Batch]:
         """The batches from `start_step` on, prepared ahead in the background; `close()` ends it.
@@ -120,13 +138,15 @@ def image_validation_batches(
     *,
     batch_size: int,
     count: int | None = None,
+    latents: np.ndarray | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
     """At most `count` batches (None: all) of held-out images, spread evenly over them, the same at every call.
 
     Beside what a training batch has stands `mask`, float32 [R]: 0 where the last batch has no image left and holds
-    zeros, so every batch has one shape. Raises `ValueError` at the call for sizes that do not fit together.
+    zeros, so every batch has one shape. `latents` are those of the held-out images, as in
+    `ImageBatches`. Raises `ValueError` at the call for sizes that do not fit together.
     """
     check_rows(batch_size, process_index, process_count)
     if count is not None and count < 1:
@@ -139,15 +159,24 @@ def image_validation_batches(
         rows = [step * batch_size + row for row in local_rows(batch_size, process_index, process_count)]
         mask_R = np.array([row < chosen for row in rows], np.float32)
         places = [row * len(split) // chosen for row in rows if row < chosen]
-        images = [split.image(place) for place in places] + [blank] * (len(rows) - len(places))
-        batch = _batch(split, places + [0] * (len(rows) - len(places)), np.stack(images), corpus.levels)
+        missing = len(rows) - len(places)
+        if latents is None:
+            images = [split.image(place) for place in places] + [blank] * missing
+            content = {"image": to_float(np.stack(images), corpus.levels)}
+        else:
+            content = _posterior(latents, np.zeros(len(rows), np.int64), places + [0] * missing)
+        batch = _labelled(split, places + [0] * missing, content)
         return {name: _masked(value, mask_R) for name, value in batch.items()} | {"mask": mask_R}
 
     return map(batch_at, range(-(-chosen // batch_size)))
 
 
-def _batch(split: ImageSplit, places: Iterable[int], image_RHWC: np.ndarray, levels: int) -> Batch:
-    batch = {"image": to_float(image_RHWC, levels)}
+def _posterior(latents: np.ndarray, mirrored_R: np.ndarray, places: list[int]) -> Batch:
+    both_R2HWZ = np.asarray(latents[mirrored_R, places])
+    return {"latent_mean": both_R2HWZ[:, 0], "latent_logvar": both_R2HWZ[:, 1]}
+
+
+def _labelled(split: ImageSplit, places: Iterable[int], batch: Batch) -> Batch:
     return batch if split.labels is None else batch | {"label": split.labels[list(places)]}
 
 

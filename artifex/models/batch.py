@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 TEXT = "'tokens' and 'targets', integers (B, T), and perhaps 'mask' (B, T), 1 where a target counts"
 IMAGES = "'image', floats (B, H, W, C) in [-1, 1], and perhaps 'mask' (B,), 1 where a row counts"
+LATENTS = "'latent_mean' and 'latent_logvar', floats (B, H, W, Z), and perhaps 'mask' (B,), 1 where a row counts"
 
 
 def check_text(batch: Any, *needed: str) -> None:
@@ -31,15 +32,30 @@ def check_text(batch: Any, *needed: str) -> None:
 def check_images(batch: Any, num_classes: int = 0) -> None:
     """Raise `TypeError` for what is no mapping, `ValueError` where the image, or the label of a model with classes, is
     missing or of another kind or shape."""
-    needed, expected = ("image",), IMAGES
+    _check_pictures(batch, num_classes, ("image",), IMAGES, "floats (B, H, W, C) in [-1, 1]")
+
+
+def check_latents(batch: Any, num_classes: int = 0) -> None:
+    """`check_images` of a batch with what an autoencoder says of the images in place of them."""
+    _check_pictures(batch, num_classes, ("latent_mean", "latent_logvar"), LATENTS, "floats (B, H, W, Z)")
+    if jnp.shape(batch["latent_mean"]) != jnp.shape(batch["latent_logvar"]):
+        raise ValueError(
+            f"the batch's 'latent_mean' is of shape {jnp.shape(batch['latent_mean'])}, its 'latent_logvar' of "
+            f"{jnp.shape(batch['latent_logvar'])}; give both one shape (B, H, W, Z)"
+        )
+
+
+def _check_pictures(batch: Any, num_classes: int, arrays: tuple[str, ...], expected: str, kind: str) -> None:
+    needed = arrays
     if num_classes:
-        needed, expected = ("image", "label"), f"{IMAGES}, and 'label', integers (B,) from 0 to {num_classes - 1}"
+        needed, expected = (*arrays, "label"), f"{expected}, and 'label', integers (B,) from 0 to {num_classes - 1}"
     _check_there(batch, needed, expected)
-    _check_array("image", batch["image"], 4, jnp.floating, "floats (B, H, W, C) in [-1, 1]")
-    rows = jnp.shape(batch["image"])[:1]
+    for name in arrays:
+        _check_array(name, batch[name], 4, jnp.floating, kind)
+    rows = jnp.shape(batch[arrays[0]])[:1]
     if num_classes:
         _check_array("label", batch["label"], 1, jnp.integer, f"integers {rows}, one an image")
-    for name in needed[1:] + ("mask",) * ("mask" in batch):
+    for name in needed[len(arrays) :] + ("mask",) * ("mask" in batch):
         if jnp.shape(batch[name]) != rows:
             raise ValueError(
                 f"the batch's {name!r} is of shape {jnp.shape(batch[name])}; give one for each image, {rows}"

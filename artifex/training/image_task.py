@@ -27,10 +27,14 @@ PAIRS = 20  # images beside their reconstruction or nearest neighbour
 
 @dataclasses.dataclass(frozen=True)
 class ImageTask:
-    """A set of pictures for a model of images."""
+    """A set of pictures for a model of images.
+
+    With `latents`, of the training and the held-out images, batches have these in place of the images.
+    """
 
     config: Config
     corpus: ImageCorpus
+    latents: tuple[np.ndarray, np.ndarray] | None = None
     noun: str = "images"
 
     @classmethod
@@ -73,6 +77,7 @@ class ImageTask:
             seed=self.config.training.seed,
             flip=self.config.data.flip,
             crop=self.config.data.crop,
+            latents=self.latents and self.latents[0],
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         ).stream(start)
@@ -83,6 +88,7 @@ class ImageTask:
             self.corpus,
             batch_size=self.config.training.batch_size,
             count=count,
+            latents=self.latents and self.latents[1],
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )

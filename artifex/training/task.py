@@ -108,5 +108,9 @@ def batch_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], str]]:
     if config.model.reads == "text":
         shape = (rows, config.data.sequence_length)
         return {"tokens": (shape, "int32"), "targets": (shape, "int32")}
-    shapes = {"image": ((rows, spec.image_size, spec.image_size, spec.channels), "float32")}
+    if config.data.cache_latents:
+        size, channels = spec.autoencoder.latent_size, spec.autoencoder.latent_channels
+        shapes = dict.fromkeys(("latent_mean", "latent_logvar"), ((rows, size, size, channels), "float32"))
+    else:
+        shapes = {"image": ((rows, spec.image_size, spec.image_size, spec.channels), "float32")}
     return shapes | ({"label": ((rows,), "int32")} if spec.num_classes else {})

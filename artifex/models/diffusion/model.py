@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from artifex.models import layers
-from artifex.models.batch import check_images
+from artifex.models.batch import check_images, check_latents
 from artifex.models.diffusion import objective, variance
 from artifex.models.diffusion.config import DiffusionConfig
 from artifex.models.diffusion.guidance import Network, guided
@@ -47,14 +47,20 @@ class Diffusion(nnx.Module):
         `mse` and `vlb`, in bits per dim, are the two.
 
         `batch`: "image" (B, H, W, C) in [-1, 1], "label" (B,) where the model has classes, optionally "mask" (B,), 0
-        for rows that do not count, and, for a network that reads text, optionally "condition". Times are the B
+        for rows that do not count, and, for a network that reads text, optionally "condition". Over latents, what the
+        autoencoder says of the images, "latent_mean" and "latent_logvar", may stand in place of them. Times are the B
         strata of their distribution. Without `rngs` noise and times are those of batch `index`, latents are means and
         every condition stays. NaN for labels outside [0, num_classes]. Raises `TypeError` or `ValueError` for what is
         no such batch.
         """
-        check_images(batch, self.cfg.num_classes)
+        encoded = self.autoencoder is not None and "latent_mean" in batch
+        (check_latents if encoded else check_images)(batch, self.cfg.num_classes)
         eps_key, time_key, drop_key, latent_key = jax.random.split(layers.noise_key(rngs, index), 4)
-        x0 = self.encode(batch["image"], None if rngs is None else latent_key)
+        latent_key = None if rngs is None else latent_key
+        if encoded:
+            x0 = self.latent(batch["latent_mean"], batch["latent_logvar"], latent_key)
+        else:
+            x0 = self.encode(batch["image"], latent_key)
         B = x0.shape[0]
         t_B = self.process.training_time(layers.strata(B, time_key))
         eps = jax.random.normal(eps_key, x0.shape)
@@ -86,6 +92,11 @@ class Diffusion(nnx.Module):
         if self.autoencoder is None:
             return image_BHWC
         mean, logvar = self.autoencoder.encode(image_BHWC)
+        return self.latent(mean, logvar, key)
+
+    def latent(self, mean: jax.Array, logvar: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """The latent (B, H, W, Z) of what the autoencoder says of an image, drawn by `key` or the mean, shifted and
+        scaled."""
         if key is not None:
             mean = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
         shift, scale = self.autoencoder.cfg.shift_and_scale
