@@ -14,16 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from artifex.data.image_batches import to_float
 from artifex.data.images import ImageSplit
-from artifex.models.stack import Execution, execution
-from artifex.scaling.axes import activation_rules
+from artifex.scaling.execution import compiled
 from artifex.scaling.placement import leaves_with_names
 from artifex.training.frozen import OF_THE_USE
 from artifex.training.image_task import ImageTask
-from artifex.training.precision import model_in
 from artifex.training.run_folder import RunFolder
 from artifex.training.state import Blueprint, TrainState
 from artifex.training.task import Task
@@ -41,31 +38,26 @@ def with_latents(task: Task, blue: Blueprint, state: TrainState, folder: RunFold
         raise ValueError(
             f"data.cache_latents is for one process, and this run has {jax.process_count()}; set it to false"
         )
-    key, encode = _key(task, blue, state), make_encode(blue)
-    rows = blue.config.training.batch_size // blue.plan.microbatches
+    return blue.run(state, _with_latents, task, blue, _key(task, blue, state), folder)
+
+
+def _with_latents(model: Any, task: ImageTask, blue: Blueprint, key: str, folder: RunFolder) -> ImageTask:
+    corpus, rows = task.corpus, blue.config.training.batch_size // blue.plan.microbatches
 
     def encoded(image_RHWC: np.ndarray) -> np.ndarray:
-        batch = {"image": to_float(image_RHWC, task.corpus.levels)}
+        batch = {"image": to_float(image_RHWC, corpus.levels)}
         placed = jax.device_put(batch, blue.batch_sharding(batch))
-        return jax.device_get(encode(state.params, state.buffers, placed["image"]))
+        return jax.device_get(encode(model.autoencoder, placed["image"]))
 
-    corpus = task.corpus
     train = _mapped(folder.cache / f"latents-{key}-train.npy", corpus.train, encoded, rows, task.config.data.flip)
     held_out = _mapped(folder.cache / f"latents-{key}-validation.npy", corpus.validation, encoded, rows, False)
     return dataclasses.replace(task, latents=(train, held_out))
 
 
-def make_encode(blue: Blueprint) -> Callable[[Any, Any, jax.Array], jax.Array]:
-    """`encode(params, buffers, image_RHWC)`: mean and log-variance (R, 2, H, W, Z) float32, computed as in the step."""
-    config, plan = blue.config.training, blue.plan
-    how, dtype = Execution(plan.remat, config.unroll, config.attention), jnp.dtype(config.compute_dtype)
-
-    def encode(params: Any, buffers: Any, image_RHWC: jax.Array) -> jax.Array:
-        with activation_rules(plan.rules, blue.mesh), execution(how):
-            model = model_in(dtype, blue.graphdef, params, buffers)
-            return jnp.stack(model.autoencoder.encode(image_RHWC), axis=1)
-
-    return jax.jit(encode, out_shardings=NamedSharding(blue.mesh, PartitionSpec()))
+@compiled()
+def encode(autoencoder: Any, image_RHWC: jax.Array) -> jax.Array:
+    """Mean and log-variance (R, 2, H, W, Z), float32."""
+    return jnp.stack(autoencoder.encode(image_RHWC), axis=1)
 
 
 def _mapped(file: Path, split: ImageSplit, encode: Callable, rows: int, flip: bool) -> np.ndarray:
