@@ -105,20 +105,21 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + _lift(self.bias[...], y.ndim)
 
 
-def product(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
-    """The last `inputs` dims of x contracted with the first of the kernel.
+def product(x: jax.Array, kernel: jax.Array, inputs: int = 1, out: Any = None) -> jax.Array:
+    """The last `inputs` dims of x contracted with the first of the kernel, in dtype `out`; none: that of both.
 
     The dims stay apart, because two that are split cannot be merged in place, but on one CPU device: see
     `artifex.models.cpu`. Sums across devices, of x W and in both gradients, are taken in the execution's reduce dtype.
     """
     sums = current_execution().reduce_dtype
-    if sums is not None and jnp.dtype(sums).itemsize > x.dtype.itemsize:
+    if out is None and sums is not None and jnp.dtype(sums).itemsize > x.dtype.itemsize:
         return _summed(x, kernel, inputs, sums)
     if not cpu.merges_dims():
-        return jnp.tensordot(x, kernel, inputs)
+        return jnp.tensordot(x, kernel, inputs, preferred_element_type=out)
     rows, outputs = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
     width = math.prod(kernel.shape[:inputs])
-    return (x.reshape(-1, width) @ kernel.reshape(width, -1)).reshape(*rows, *outputs)
+    y = jnp.matmul(x.reshape(-1, width), kernel.reshape(width, -1), preferred_element_type=out)
+    return y.reshape(*rows, *outputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -164,7 +165,7 @@ def take_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 class Embed(nnx.Module):
-    """A table of `count` learned vectors; `attend` uses it as the output head."""
+    """A table of `count` learned vectors."""
 
     def __init__(self, count: int, features: int, names: Sequence[str], *, std: float = 0.02, rngs: nnx.Rngs):
         self.table = parameter(std * jax.random.normal(rngs.params(), (count, features)), *names)
@@ -172,10 +173,6 @@ class Embed(nnx.Module):
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Rows (..., D) for integer `ids` (...); NaN where an id is not in [0, count)."""
         return take_rows(self.table[...], ids)
-
-    def attend(self, x: jax.Array) -> jax.Array:
-        """Inner products of x (..., D) with every row: (..., count)."""
-        return product(x, self.table[...].T)
 
 
 class RMSNorm(nnx.Module):

@@ -360,3 +360,27 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
     check_names(names, x.shape, "activation")
     now = layout()
     return x if now is None else now.constrain(x, now.spec(names, x.shape))
+
+
+def shard_parameter(x: jax.Array, *names: str | None, whole: Sequence[int] | None = None) -> jax.Array:
+    """Constrain a parameter, or its gradient, to the layout that the rules give parameters; see `shard`.
+
+    Of a part of one, `whole` is the shape of it all: the smallest size that is split at all is about that.
+    """
+    check_names(names, x.shape, "parameter")
+    now = layout()
+    if now is None:
+        return x
+    too_small = [(axis, size) for axis, size in now.rules.min_weight_size if max(whole or x.shape) < size]
+    return now.constrain(x, resolve(names, x.shape, now.rules.params, now.sizes, too_small).spec)
+
+
+def ways_of(names: Names, shape: Sequence[int]) -> tuple[int, ...]:
+    """Into how many parts the rules split each dim of a parameter or activation; 1 for each where there is no layout."""
+    now = layout()
+    if now is None:
+        return (1,) * len(shape)
+    of_weight = any(name in WEIGHT_AXES for name in names)
+    spec = resolve(names, shape, now.rules.everything, now.sizes, now.rules.min_weight_size if of_weight else ()).spec
+    each = ((entry,) if isinstance(entry, str) else entry or () for entry in spec)
+    return tuple(math.prod(now.sizes[axis] for axis in mesh_axes) for mesh_axes in each)

@@ -55,6 +55,7 @@ class DecoderConfig:
     normalize_expert_weights: bool = True  # the weights of a token's experts sum to 1, as in Mixtral
     load_balance_weight: float = 0.01  # of the loss that evens the experts' load, 0 or above
     router_z_weight: float = 0.001  # of the loss that keeps the router's logits small, 0 or above
+    z_loss_weight: float = 0.0  # of the loss that keeps log(sum of exp(logits)) near 0, 0 or above; PaLM: 0.0001
     bias: bool = False  # in projections and norms, as in GPT-2
     tied_head: bool = True  # the output head is the token table
     embed_scale: bool = False  # token vectors are multiplied by embed_dim^1/2, as in Gemma
@@ -86,6 +87,8 @@ class DecoderConfig:
                 raise ValueError(f"{name} {value} is not a positive number")
         if not self.rope_scaling_factor >= 1:
             raise ValueError(f"rope_scaling_factor {self.rope_scaling_factor} is below 1; 1 is no scaling")
+        if not 0 <= self.z_loss_weight < math.inf:
+            raise ValueError(f"z_loss_weight {self.z_loss_weight} is not a number from 0 up")
         if self.norm != "rmsnorm" and self.norm_offset:
             raise ValueError(f"norm_offset {self.norm_offset} is for norm 'rmsnorm', not {self.norm!r}; leave it at 0")
         self._check_attention()

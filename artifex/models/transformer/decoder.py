@@ -15,6 +15,7 @@ from flax import nnx
 
 from artifex.models import cpu, layers
 from artifex.models.batch import check_text
+from artifex.models.cross_entropy import cross_entropy, read_logits
 from artifex.models.stack import run_stack, stack
 from artifex.models.transformer.attention import Attention, Place
 from artifex.models.transformer.config import DecoderConfig
@@ -125,6 +126,11 @@ class Decoder(nnx.Module):
 
     def logits_and_aux(self, tokens_BT: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, Aux]:
         """Logits (B, T, V), and the means over all layers of what their experts report."""
+        x_BTD, aux = self.stream_and_aux(tokens_BT, rngs)
+        return self.read_out(x_BTD), aux
+
+    def stream_and_aux(self, tokens_BT: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, Aux]:
+        """The stream (B, T, D) that the head reads, and the means over all layers of what their experts report."""
         length = tokens_BT.shape[1]
         self.check_length(length)
         key = rngs.dropout() if rngs is not None and self.cfg.dropout > 0 else None
@@ -132,7 +138,7 @@ class Decoder(nnx.Module):
         x_BTD = self.embed_tokens(tokens_BT, positions_T, key)
         keys_L = None if key is None else jax.random.split(jax.random.fold_in(key, 1), self.cfg.num_groups)
         x_BTD, aux_L = self.run_layers(x_BTD, positions_T, keys_L)
-        return self.read_out(x_BTD), jax.tree.map(jnp.mean, aux_L)
+        return x_BTD, jax.tree.map(jnp.mean, aux_L)
 
     def run_layers(
         self, x_BTD: jax.Array, positions_T: jax.Array | np.ndarray, keys_L: jax.Array | None = None
@@ -158,31 +164,42 @@ class Decoder(nnx.Module):
 
     def read_out(self, x_BTD: jax.Array) -> jax.Array:
         """Final norm and output head: float32 logits (B, T, V)."""
-        x_BTD = self.norm(x_BTD)
-        logits_BTV = self.embed.attend(x_BTD) if self.cfg.tied_head else self.head(x_BTD)
-        logits_BTV = axes.shard(logits_BTV, "batch", "sequence", "act_vocab").astype(jnp.float32)
+        return read_logits(self.norm(x_BTD), self.head_DV, softcap=self.cfg.logit_softcap)
+
+    @property
+    def head_DV(self) -> jax.Array:
+        """The output head, which may be the token table."""
+        return self.embed.table[...].T if self.cfg.tied_head else self.head.kernel[...]
+
+    def cross_entropy(
+        self, x_BTD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array | None, never: int | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Final norm, output head, and `artifex.models.cross_entropy.cross_entropy` of its logits."""
         cap = self.cfg.logit_softcap
-        return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
+        return cross_entropy(self.norm(x_BTD), self.head_DV, targets_BT, mask_BT, softcap=cap, never=never)
 
     def loss(
         self, batch: dict[str, jax.Array], rngs: nnx.Rngs | None = None, *, index: int | jax.Array = 0
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean cross entropy in nats per target, and `{"weight": number of targets}`.
 
-        With experts the weighted balance losses are added to it; the metrics then hold the cross entropy as `nats`
-        and what the experts report (`artifex.models.transformer.moe.MoE`).
+        With experts the weighted balance losses are added to it, and with `z_loss_weight` that times `z_loss`, the
+        mean square of logsumexp(logits); the metrics then hold the cross entropy as `nats`, and these
+        (`artifex.models.transformer.moe.MoE`).
         `batch`: `tokens` and `targets` (B, T), integers, and optionally `mask` (B, T), 1 where a target counts. There
         is no noise, whatever its `index`. NaN for token ids outside the vocabulary, and for such targets where they
         count. Raises `TypeError` or `ValueError` for what is no such batch.
         """
         check_text(batch, "tokens", "targets")
-        logits_BTV, aux = self.logits_and_aux(batch["tokens"], rngs)
-        nats, weight = cross_entropy(logits_BTV, batch["targets"], batch.get("mask"))
-        if not aux:
-            return nats, {"weight": weight}
-        cfg = self.cfg
-        balance = cfg.load_balance_weight * aux["load_balance"] + cfg.router_z_weight * aux["router_z"]
-        return nats + balance, aux | {"nats": nats, "weight": weight}
+        x_BTD, aux = self.stream_and_aux(batch["tokens"], rngs)
+        nats, z_loss, weight = self.cross_entropy(x_BTD, batch["targets"], batch.get("mask"))
+        cfg, loss = self.cfg, nats
+        if cfg.num_experts:
+            balance = cfg.load_balance_weight * aux["load_balance"] + cfg.router_z_weight * aux["router_z"]
+            loss = loss + balance
+        if cfg.z_loss_weight:
+            loss, aux = loss + cfg.z_loss_weight * z_loss, aux | {"z_loss": z_loss}
+        return loss, (aux | {"nats": nats} if aux else {}) | {"weight": weight}
 
     def sample(self, key: jax.Array, **how: Any) -> jax.Array:
         """Continuations of a prompt: see `artifex.models.transformer.generate.generate`."""
@@ -195,23 +212,3 @@ class Decoder(nnx.Module):
                 f"sequence of {length} tokens, but the model's sequence_length is {self.cfg.sequence_length}; "
                 "shorten the input or build the model with a longer one"
             )
-
-
-def cross_entropy(
-    logits_BTV: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """Mean of logsumexp(logits) - logit of the target, in nats, over the targets that count, and their number.
-
-    NaN where one that counts is not in [0, V): it has no logit.
-    """
-    # a comparison, not a gather: it stays local where logits are split over the vocabulary
-    hit_BTV = jnp.arange(logits_BTV.shape[-1])[None, None] == targets_BT[..., None]
-    picked_BT = jnp.sum(jnp.where(hit_BTV, logits_BTV, 0.0), axis=-1)
-    nats_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
-    known_BT = (targets_BT >= 0) & (targets_BT < logits_BTV.shape[-1])
-    nats_BT = jnp.where(known_BT if mask_BT is None else known_BT | (mask_BT == 0), nats_BT, jnp.nan)
-    if mask_BT is None:
-        return jnp.mean(nats_BT), jnp.float32(nats_BT.size)
-    mask_BT = mask_BT.astype(jnp.float32)
-    weight = jnp.sum(mask_BT)
-    return jnp.sum(nats_BT * mask_BT) / jnp.maximum(weight, 1.0), weight

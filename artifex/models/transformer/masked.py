@@ -20,8 +20,9 @@ from flax import nnx
 
 from artifex.models import layers
 from artifex.models.batch import check_text
+from artifex.models.cross_entropy import without
 from artifex.models.rows import fill_up
-from artifex.models.transformer.decoder import Decoder, cross_entropy
+from artifex.models.transformer.decoder import Decoder
 from artifex.models.transformer.generate import check_request, pick
 from artifex.models.transformer.masked_config import MaskedDiffusionConfig
 from artifex.scaling.execution import compiled
@@ -36,8 +37,7 @@ class MaskedDiffusion(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Logits (B, T, V), float32; that of the mask is -1e30: it is never what stands there."""
-        logits_BTV = self.decoder(tokens_BT, rngs)
-        return jnp.where(jnp.arange(logits_BTV.shape[-1])[None, None] == self.cfg.mask_id, -1e30, logits_BTV)
+        return without(self.decoder(tokens_BT, rngs), self.cfg.mask_id)
 
     def loss(
         self, batch: dict[str, jax.Array], rngs: nnx.Rngs | None = None, *, index: int | jax.Array = 0
@@ -55,10 +55,12 @@ class MaskedDiffusion(nnx.Module):
         key = layers.noise_key(rngs, index)
         counts_BT = batch.get("mask", jnp.ones(clean_BT.shape)).astype(jnp.float32)
         hidden_BT = hide(counts_BT > 0, key)
-        logits_BTV = self(jnp.where(hidden_BT | (counts_BT == 0), self.cfg.mask_id, clean_BT), rngs)
+        seen_BT = jnp.where(hidden_BT | (counts_BT == 0), self.cfg.mask_id, clean_BT)
+        x_BTD, _ = self.decoder.stream_and_aux(seen_BT, rngs)
         weight_BT = hidden_BT.astype(jnp.float32)
         share_B1 = jnp.sum(weight_BT, axis=1, keepdims=True) / jnp.maximum(jnp.sum(counts_BT, axis=1, keepdims=True), 1)
-        nats, weights = cross_entropy(logits_BTV, clean_BT, weight_BT / jnp.where(share_B1 > 0, share_B1, 1.0))
+        weight_BT = weight_BT / jnp.where(share_B1 > 0, share_B1, 1.0)
+        nats, _, weights = self.decoder.cross_entropy(x_BTD, clean_BT, weight_BT, never=self.cfg.mask_id)
         count = jnp.sum(counts_BT)
         return nats * weights / jnp.maximum(count, 1.0), {"weight": count}
 

@@ -21,7 +21,7 @@ class MaskedDiffusionConfig:
     """A decoder without the causal mask that fills in masked tokens.
 
     The decoder's last token id is the mask, so it has one id more than the data. Raises `ValueError` for a causal
-    decoder, one with experts, and sizes out of range.
+    decoder, one with experts or a z-loss, and sizes out of range.
     """
 
     reads: ClassVar[Literal["text", "images"]] = "text"
@@ -38,6 +38,11 @@ class MaskedDiffusionConfig:
             raise ValueError(
                 f"decoder has num_experts {self.decoder.num_experts}; the bound has no place for losses of experts, "
                 "set it to 0"
+            )
+        if self.decoder.z_loss_weight:
+            raise ValueError(
+                f"decoder has z_loss_weight {self.decoder.z_loss_weight}; the bound has no place for a loss of "
+                "normalizers, set it to 0"
             )
         if self.decoder.vocab_size < 2:
             raise ValueError(f"decoder has vocab_size {self.decoder.vocab_size}; expected the data's ids and the mask")
