@@ -34,6 +34,7 @@ BLOCK_BYTES = 256 * 2**20
 
 LOGITS = ("batch", "sequence", "act_vocab")
 HEAD = ("vocab", "embed")
+OF_X = ("act_vocab", "batch", "sequence", None)
 
 
 def read_logits(
@@ -93,17 +94,15 @@ def cross_entropy(
     return nats, square, weight
 
 
-@jax.custom_vjp
 def _float32_product(x_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
-    return product(x_BTD, head_DV, out=jnp.float32)
+    @axes.held
+    def backward(kept: tuple[jax.Array, jax.Array], ct_BTV: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # in the dtype of the operands, as of any other product: float32 times bfloat16 runs at float32's rate
+        return jax.vjp(product, *kept)[1](ct_BTV.astype(kept[0].dtype))
 
-
-def _product_backward(kept: tuple[jax.Array, jax.Array], ct_BTV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # in the dtype of the operands, as of any other product: float32 times bfloat16 runs at float32's rate
-    return jax.vjp(product, *kept)[1](ct_BTV.astype(kept[0].dtype))
-
-
-_float32_product.defvjp(lambda x_BTD, head_DV: (_float32_product(x_BTD, head_DV), (x_BTD, head_DV)), _product_backward)
+    multiply = jax.custom_vjp(functools.partial(product, out=jnp.float32))
+    multiply.defvjp(lambda *kept: (product(*kept, out=jnp.float32), kept), backward)
+    return multiply(x_BTD, head_DV)
 
 
 def _capped(logits: jax.Array, softcap: float | None) -> jax.Array:
@@ -186,11 +185,19 @@ class Blocks:
         return logits_BTSC if hidden_SC is None else jnp.where(hidden_SC[None, None], HIDDEN, logits_BTSC)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _by_blocks(
     blocks: Blocks, x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """logsumexp of the logits, and the target's logit, 0 for targets outside the vocabulary: both (B, T), float32."""
+    sums, forward, backward = (functools.partial(each, blocks) for each in (_sums, _forward, _backward))
+    by_blocks = jax.custom_vjp(sums)
+    by_blocks.defvjp(forward, axes.held(backward))
+    return by_blocks(x_BTD, head_VD, targets_BT)
+
+
+def _sums(
+    blocks: Blocks, x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
 
     def add(sums: tuple[jax.Array, ...], part: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
         top_BTS, sum_BTS, picked_BTS = sums
@@ -212,7 +219,7 @@ def _by_blocks(
 def _forward(
     blocks: Blocks, x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
-    total_BT, picked_BT = _by_blocks(blocks, x_BTD, head_VD, targets_BT)
+    total_BT, picked_BT = _sums(blocks, x_BTD, head_VD, targets_BT)
     return (total_BT, picked_BT), (x_BTD, head_VD, targets_BT, total_BT)
 
 
@@ -243,5 +250,3 @@ def _backward(
     return jnp.sum(dx_SBTD, axis=0).astype(x_BTD.dtype), blocks.joined(dhead_NPRD), None
 
 
-OF_X = ("act_vocab", "batch", "sequence", None)
-_by_blocks.defvjp(_forward, _backward)

@@ -13,8 +13,9 @@ import contextlib
 import contextvars
 import dataclasses
 import difflib
+import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -360,6 +361,22 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
     check_names(names, x.shape, "activation")
     now = layout()
     return x if now is None else now.constrain(x, now.spec(names, x.shape))
+
+
+def held(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` under the rules that are active now, whenever it is traced: the backward pass of a `jax.custom_vjp`
+    is traced when the loss, and `activation_rules` in it, have returned."""
+    active = _ACTIVE.get()
+
+    @functools.wraps(function)
+    def under(*args: Any) -> Any:
+        token = _ACTIVE.set(active)
+        try:
+            return function(*args)
+        finally:
+            _ACTIVE.reset(token)
+
+    return under
 
 
 def shard_parameter(x: jax.Array, *names: str | None, whole: Sequence[int] | None = None) -> jax.Array:
