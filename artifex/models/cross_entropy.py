@@ -1,13 +1,13 @@
-"""The output head of a model over a vocabulary: its logits, and their cross entropy without ever holding all of them.
+"""The output head over a vocabulary: its logits, and their cross entropy without ever holding all of them.
 
-The logits of 8,192 tokens over Llama 3's vocabulary are 4.2 GB in float32, and a step holds them about twice. Here a scan
-runs over n blocks of the vocabulary: forward it keeps each token's maximum, sum of exponentials and target's logit,
-backward it computes each block again, so that no more than one block exists at a time. Blocks of positions would do for
-memory too, but would add up a gradient of the whole head for each of them, and reduce it each time where weights are
-split. Blocks of the vocabulary gather each part of the head once in either direction and write its gradient once.
+The logits of 8,192 tokens over Llama 3's vocabulary are 4.2 GB in float32, and a step holds them about twice. Here a
+scan runs over blocks of the vocabulary: forward it keeps each token's maximum, sum of exponentials and target's logit,
+backward it computes each block again, so that no more than one exists at a time. Blocks of positions would save as
+much, but would add up a gradient of the whole head for each, and where weights are split, reduce it each time. Blocks
+of the vocabulary gather each part of the head once in either direction and write its gradient once.
 
-Where a mesh splits the vocabulary, what one device holds is a part of it, and every block takes as much of each part. A
-part keeps its own maximum, sums and gradient of x, and they meet once, after the scan: inside it, no device waits for the
+Where a mesh splits the vocabulary, a device holds a part of it, and every block takes as much of each part. A part
+keeps its own maximum, sums and gradient of x, and they meet once, after the scan: inside it, no device waits for the
 others that hold the same tokens.
 
 Dims: B batch, T sequence, D embed, V vocab; P parts of the vocabulary, N blocks, R rows of a part in a block, padding
@@ -30,7 +30,9 @@ HIDDEN = -1e30
 """The logit of what never stands: its probability is 0, and it is finite, so that a product with 0 is 0."""
 
 BLOCK_BYTES = 256 * 2**20
-"""Float32 logits that one device may hold at a time."""
+"""Float32 logits that one device may hold at a time. Up to here the step's peak is in the layers: llama3.2-1b with FSDP
+over 16 GPUs and 8,192 tokens on each needs 1.58 GiB besides its state with 64 to 256 MiB, 1.70 with 512 and 2.49 with
+1,024. Of those the largest, because it gathers the head in the fewest pieces."""
 
 LOGITS = ("batch", "sequence", "act_vocab")
 HEAD = ("vocab", "embed")
@@ -195,9 +197,7 @@ def _by_blocks(
     return by_blocks(x_BTD, head_VD, targets_BT)
 
 
-def _sums(
-    blocks: Blocks, x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _sums(blocks: Blocks, x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     def add(sums: tuple[jax.Array, ...], part: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
         top_BTS, sum_BTS, picked_BTS = sums
@@ -248,5 +248,3 @@ def _backward(
     start = axes.shard(jnp.zeros((blocks.ways, *x_BTD.shape), jnp.float32), *OF_X)
     dx_SBTD, dhead_NPRD = jax.lax.scan(add, start, (blocks.cut(head_VD), jnp.arange(blocks.count)))
     return jnp.sum(dx_SBTD, axis=0).astype(x_BTD.dtype), blocks.joined(dhead_NPRD), None
-
-
