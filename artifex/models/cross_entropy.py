@@ -191,9 +191,8 @@ def _by_blocks(
     blocks: Blocks, x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """logsumexp of the logits, and the target's logit, 0 for targets outside the vocabulary: both (B, T), float32."""
-    sums, forward, backward = (functools.partial(each, blocks) for each in (_sums, _forward, _backward))
-    by_blocks = jax.custom_vjp(sums)
-    by_blocks.defvjp(forward, axes.held(backward))
+    by_blocks = jax.custom_vjp(functools.partial(_sums, blocks))
+    by_blocks.defvjp(functools.partial(_forward, blocks), axes.held(functools.partial(_backward, blocks)))
     return by_blocks(x_BTD, head_VD, targets_BT)
 
 
