@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from artifex.models.cross_entropy import cross_entropy
 from artifex.models.layers import strata
 from artifex.models.transformer.config import DecoderConfig
 from artifex.models.transformer.masked import hide
@@ -24,14 +25,24 @@ loss_of = nnx.jit(lambda model, batch: model.loss(batch))
 training_loss_of = nnx.jit(lambda model, batch, key: model.loss(batch, nnx.Rngs(key)))
 
 
-class Unigram(nnx.Module):
+class Denoiser(nnx.Module):
+    """Stands in for the decoder: its stream is its logits, and its head the identity."""
+
+    def stream_and_aux(self, tokens_BT, rngs=None):
+        return self(tokens_BT), {}
+
+    def cross_entropy(self, x_BTD, targets_BT, mask_BT, never=None):
+        return cross_entropy(x_BTD, jnp.eye(6), targets_BT, mask_BT, never=never)
+
+
+class Unigram(Denoiser):
     """The best denoiser of independent tokens: their distribution, whatever is seen. It likes the mask best of all."""
 
     def __call__(self, tokens_BT, rngs=None):
         return jnp.broadcast_to(jnp.log(jnp.float32([*UNIGRAM, 5.0])), (*tokens_BT.shape, 6))
 
 
-class Watched(nnx.Module):
+class Watched(Denoiser):
     """Uniform over 5 tokens where it sees a mask; over 10^6 as many where it does not, so that the loss would tell."""
 
     def __call__(self, tokens_BT, rngs=None):
@@ -95,7 +106,7 @@ def test_times_are_stratified_and_that_of_each_row_is_uniform():
     np.testing.assert_allclose(np.quantile(drawn, quarters, axis=0), np.full((8, 3), quarters).T, atol=deviation)
 
 
-class Fading(nnx.Module):
+class Fading(Denoiser):
     """Knows that all tokens are 0, the surer the more it sees."""
 
     def __call__(self, tokens_BT, rngs=None):
@@ -157,7 +168,7 @@ def test_samples_of_the_best_denoiser_have_its_distribution(steps):
     np.testing.assert_allclose(pairs / pairs.sum(), np.outer(UNIGRAM, UNIGRAM), atol=4 * np.sqrt(0.2 / tokens.size))
 
 
-class Copies(nnx.Module):
+class Copies(Denoiser):
     """Knows that a row repeats one token: the token that is seen, or any while none is."""
 
     def __call__(self, tokens_BT, rngs=None):

@@ -182,6 +182,7 @@ def test_listing_and_creating_answer_wrong_names_with_the_nearest():
         ({"num_experts": 4, "mlp": "gelu"}, "num_experts 4 with mlp 'gelu'"),
         ({"capacity_factor": 1.5}, "capacity_factor 1.5 without experts"),
         ({"load_balance_weight": -1.0}, "load_balance_weight -1.0"),
+        ({"z_loss_weight": -1.0}, "z_loss_weight -1.0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(overrides, message):

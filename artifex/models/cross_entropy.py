@@ -125,7 +125,7 @@ class Blocks:
     never: int | None = None
 
     @classmethod
-    def of(cls, shape: tuple[int, int, int], embed: int, block_bytes: int) -> Blocks:
+    def of(cls, shape: tuple[int, ...], embed: int, block_bytes: int) -> Blocks:
         """Blocks of logits of `shape` (B, T, V) that are at most `block_bytes` of float32 on each device."""
         vocab = shape[2]
         ways = axes.ways_of(LOGITS, shape)
