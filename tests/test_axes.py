@@ -130,6 +130,42 @@ def test_activation_axes_are_those_of_the_active_rules():
     assert axes.activation_axes("act_mlp", 8) == ()
 
 
+def test_a_part_of_a_parameter_lies_as_the_whole_does():
+    mesh = create_device_mesh((2, 4), ("fsdp", "tensor"))
+    rules = Rules.of({"embed": "fsdp", "mlp": "tensor"}, {"batch": "fsdp"}, min_weight_size={"fsdp": 64})
+
+    @jax.jit
+    def laid_out(whole, part):
+        with activation_rules(rules, mesh):
+            assert axes.ways(("embed", "mlp"), whole.shape) == (2, 4) and axes.ways(("batch",), (8,)) == (2,)
+            placed = axes.shard_parameter(part, None, "embed", "mlp", whole=whole.shape)
+            return axes.shard_parameter(whole, "embed", "mlp"), placed, axes.shard_parameter(part[0], "embed", "mlp")
+
+    shapes = laid_out(jnp.ones((8, 64)), jnp.ones((4, 8, 16)))
+    assert [each.sharding.spec for each in shapes] == [
+        P("fsdp", "tensor"),
+        P(None, "fsdp", "tensor"),
+        P(None, "tensor"),
+    ]
+    assert axes.ways(("embed", "mlp"), (8, 64)) == (1, 1)  # outside active rules
+
+
+def test_held_rules_reach_a_backward_pass_that_is_traced_after_them():
+    mesh, seen = create_device_mesh((8,), ("data",)), []
+
+    def loss(x):
+        with activation_rules(DATA, mesh):
+            backward = lambda _, ct: (seen.append(axes.active()), (ct,))[1]  # noqa: E731
+            for rule in (backward, axes.held(backward)):
+                same = jax.custom_vjp(lambda x: x)
+                same.defvjp(lambda x: (x, None), rule)
+                x = same(x)
+            return x
+
+    jax.grad(loss)(1.0)
+    assert seen == [True, False]  # the last is traced first
+
+
 def test_every_resolution_of_a_known_table_equals_a_brute_force_reading():
     table = {"embed": "x", "mlp": "y", "heads": "y"}
     sizes = {"x": 2, "y": 3}

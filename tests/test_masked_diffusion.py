@@ -218,10 +218,11 @@ def test_samples_out_of_range_are_refused(model, how, message):
     [
         ({"decoder": dataclasses.replace(SMALL, causal=True)}, "decoder has causal=True"),
         ({"decoder": dataclasses.replace(SMALL, num_experts=4)}, "decoder has num_experts 4"),
+        ({"decoder": dataclasses.replace(SMALL, z_loss_weight=0.1)}, "decoder has z_loss_weight 0.1"),
         ({"decoder": dataclasses.replace(SMALL, vocab_size=1)}, "decoder has vocab_size 1"),
         ({"sampling_steps": 0}, "sampling_steps is 0"),
     ],
-    ids=["causal", "experts", "vocabulary", "steps"],
+    ids=["causal", "experts", "z_loss", "vocabulary", "steps"],
 )
 def test_configurations_that_do_not_fit_are_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
