@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from artifex.scaling import axes
 from artifex.scaling.axes import Rules, activation_rules, check_mesh, resolve, shard
+from artifex.scaling.execution import held
 from artifex.scaling.mesh_utils import create_device_mesh
 
 FSDP = Rules.of({"embed": "fsdp"}, {"batch": "fsdp"}, strategy="fsdp")
@@ -156,7 +157,7 @@ def test_held_rules_reach_a_backward_pass_that_is_traced_after_them():
     def loss(x):
         with activation_rules(DATA, mesh):
             backward = lambda _, ct: (seen.append(axes.active()), (ct,))[1]  # noqa: E731
-            for rule in (backward, axes.held(backward)):
+            for rule in (backward, held(backward)):
                 same = jax.custom_vjp(lambda x: x)
                 same.defvjp(lambda x: (x, None), rule)
                 x = same(x)

@@ -241,8 +241,8 @@ def test_help_lists_every_option_with_its_kind_default_and_description(help_page
         "--training.steps INT optimizer steps in the whole run, at least 1 (default: 1200)",
         "--optimizer.name adamw|lion|adafactor|muon|sgd update rule (default: muon)",
         "--optimizer.clip-norm FLOAT|none largest norm of the whole gradient, above 0; none is off (default: 1.0)",
-        "--training.unroll INT|auto layers run per scan iteration, at least 1; 'auto': all of up to 16 on one CPU device, "
-        "else 1 (default: auto)",
+        "--training.unroll INT|auto layers run per scan iteration, at least 1; 'auto': all of up to 16 on one CPU "
+        "device, else 1 (default: auto)",
         "--logging.progress true|false show a progress bar (default: true)",
         "--model.head-dim INT|none features of a head; none: embed_dim / num_heads (default: none)",
         "--description TEXT what the run is for, the command that starts it and what it should reach (default: '')",

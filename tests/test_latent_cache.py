@@ -13,7 +13,6 @@ from artifex.scaling.plan import Plan
 from artifex.training.latent_cache import with_latents
 from artifex.training.run_folder import RunFolder
 from artifex.training.state import blueprint
-from artifex.training.step import make_loss
 from artifex.training.task import batch_shapes, open_task
 
 pytest.importorskip("sklearn", reason="the digits need: pip install -e '.[images]'")
@@ -48,7 +47,7 @@ def cached(tmp_path_factory):
 
 def test_the_loss_is_that_of_the_images_and_no_step_encodes(cached):
     blue, state, images, latents, _ = cached
-    loss = make_loss(blue)
+    loss = blue.loss
     run = jax.jit(loss)
     for step, key in ((0, jax.random.key(1)), (200, jax.random.key(2))):
         pair = [next(task.batches(step)) for task in (images, latents)]
@@ -63,7 +62,7 @@ def test_the_loss_is_that_of_the_images_and_no_step_encodes(cached):
 
 def test_validation_reads_latents_of_the_same_images(cached):
     blue, state, images, latents, _ = cached
-    run = jax.jit(make_loss(blue))
+    run = jax.jit(blue.loss)
     both = [list(task.validation(None)) for task in (images, latents)]
     assert len(both[0]) == len(both[1])
     for pair in (pair for place, pair in enumerate(zip(*both, strict=True)) if place in (0, len(both[0]) - 1)):

@@ -13,7 +13,7 @@ from artifex.config import Config
 from artifex.models import layers
 from artifex.scaling.plan import Plan
 from artifex.training.state import blueprint
-from artifex.training.step import make_loss, make_step
+from artifex.training.step import make_step
 
 MODEL = {
     "name": "latent-dit-digits",
@@ -50,7 +50,7 @@ def convolutions(jaxpr) -> list[jnp.dtype]:
 def test_a_frozen_encoder_computes_in_the_dtype_of_the_step_and_passes_through(dtype):
     blue = built(MODEL, dtype)
     given = blue.state.params, blue.state.buffers, batch(), jax.random.key(0)
-    program, (_, (_, buffers)) = jax.make_jaxpr(make_loss(blue), return_shape=True)(*given)
+    program, (_, (_, buffers)) = jax.make_jaxpr(blue.loss, return_shape=True)(*given)
     assert set(convolutions(program.jaxpr)) == {jnp.dtype(dtype)}  # a diffusion transformer has none of its own
     # the last outputs are the very inputs: nothing is cast back, nothing copied
     first = len(jax.tree.leaves(given[0]))
@@ -71,7 +71,7 @@ def test_frozen_weights_leave_a_step_of_microbatches_as_they_came():
 def test_running_sums_stay_float32():
     blue = built(VQ, "bfloat16")
     given = blue.state.params, blue.state.buffers, {"image": batch()["image"]}, jax.random.key(0)
-    program, (_, (_, buffers)) = jax.make_jaxpr(make_loss(blue), return_shape=True)(*given)
+    program, (_, (_, buffers)) = jax.make_jaxpr(blue.loss, return_shape=True)(*given)
     assert {leaf.dtype for leaf in jax.tree.leaves(buffers)} == {np.dtype("float32")}
     # the sums of a codebook are new ones
     assert not set(map(id, program.jaxpr.outvars)) & set(map(id, program.jaxpr.invars))
@@ -82,7 +82,7 @@ def test_in_float32_the_loss_is_that_of_the_model_as_it_is():
     state, key = blue.init(), jax.random.key(1)
     model = nnx.merge(blue.graphdef, state.params, state.buffers)
     plain = nnx.jit(lambda model, batch, key: model.loss(batch, nnx.Rngs(key))[0])(model, batch(), key)
-    np.testing.assert_array_equal(jax.jit(make_loss(blue))(state.params, state.buffers, batch(), key)[0], plain)
+    np.testing.assert_array_equal(jax.jit(blue.loss)(state.params, state.buffers, batch(), key)[0], plain)
 
 
 def test_freezing_leaves_names_and_running_values():

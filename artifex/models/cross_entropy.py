@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from artifex.models.layers import product
 from artifex.scaling import axes
+from artifex.scaling.execution import held
 
 HIDDEN = -1e30
 """The logit of what never stands: its probability is 0, and it is finite, so that a product with 0 is 0."""
@@ -97,7 +98,7 @@ def cross_entropy(
 
 
 def _float32_product(x_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
-    @axes.held
+    @held
     def backward(kept: tuple[jax.Array, jax.Array], ct_BTV: jax.Array) -> tuple[jax.Array, jax.Array]:
         # in the dtype of the operands, as of any other product: float32 times bfloat16 runs at float32's rate
         return jax.vjp(product, *kept)[1](ct_BTV.astype(kept[0].dtype))
@@ -128,8 +129,8 @@ class Blocks:
     def of(cls, shape: tuple[int, ...], embed: int, block_bytes: int) -> Blocks:
         """Blocks of logits of `shape` (B, T, V) that are at most `block_bytes` of float32 on each device."""
         vocab = shape[2]
-        ways = axes.ways_of(LOGITS, shape)
-        parts = math.lcm(ways[2], axes.ways_of(HEAD, (vocab, embed))[0])
+        ways = axes.ways(LOGITS, shape)
+        parts = math.lcm(ways[2], axes.ways(HEAD, (vocab, embed))[0])
         part = vocab // parts
         least = min(-(-4 * math.prod(shape) // (math.prod(ways) * block_bytes)), part)
         # a few more blocks, where those divide the part, are cheaper than copies of a padded head
@@ -192,7 +193,7 @@ def _by_blocks(
 ) -> tuple[jax.Array, jax.Array]:
     """logsumexp of the logits, and the target's logit, 0 for targets outside the vocabulary: both (B, T), float32."""
     by_blocks = jax.custom_vjp(functools.partial(_sums, blocks))
-    by_blocks.defvjp(functools.partial(_forward, blocks), axes.held(functools.partial(_backward, blocks)))
+    by_blocks.defvjp(functools.partial(_forward, blocks), held(functools.partial(_backward, blocks)))
     return by_blocks(x_BTD, head_VD, targets_BT)
 
 

@@ -13,9 +13,8 @@ import contextlib
 import contextvars
 import dataclasses
 import difflib
-import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -280,21 +279,23 @@ def activation_rules(rules: Rules, mesh: Mesh) -> Iterator[None]:
     of `jax.jit` does not know about contexts and would hand the first layout to the second.
     """
     check_mesh(rules, mesh)
-    token = _ACTIVE.set((rules, mesh) if mesh.size > 1 else None)
-    try:
+    with activated((rules, mesh) if mesh.size > 1 else None):
         yield
-    finally:
-        _ACTIVE.reset(token)
 
 
 @contextlib.contextmanager
-def no_layout() -> Iterator[None]:
-    """Lay nothing out: for code on one device's part."""
-    token = _ACTIVE.set(None)
+def activated(layout: tuple[Rules, Mesh] | None) -> Iterator[None]:
+    """Under what `active` gave elsewhere; None lays nothing out, as for code on one device's part."""
+    token = _ACTIVE.set(layout)
     try:
         yield
     finally:
         _ACTIVE.reset(token)
+
+
+def active() -> tuple[Rules, Mesh] | None:
+    """The rules and the mesh that are active here, if any."""
+    return _ACTIVE.get()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,17 +341,12 @@ def activation_axes(name: str, size: int) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
-def ways(name: str, size: int) -> int:
-    """Into how many parts an activation dim `name` of `size` is split."""
-    now = layout()
-    return 1 if now is None else math.prod(now.sizes[axis] for axis in activation_axes(name, size))
-
-
 def most_ways(name: str) -> int:
     """Into how many parts the rules would split an activation dim `name` of a size that divides."""
     now = layout()
-    rules = () if now is None else now.rules.activations
-    return math.prod(now.sizes[axis] for rule in rules if rule.name == name for axis in rule.axes) if now else 1
+    if now is None:
+        return 1
+    return math.prod(now.sizes[axis] for rule in now.rules.activations if rule.name == name for axis in rule.axes)
 
 
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
@@ -361,22 +357,6 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
     check_names(names, x.shape, "activation")
     now = layout()
     return x if now is None else now.constrain(x, now.spec(names, x.shape))
-
-
-def held(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` under the rules that are active now, whenever it is traced: the backward pass of a `jax.custom_vjp`
-    is traced when the loss, and `activation_rules` in it, have returned."""
-    active = _ACTIVE.get()
-
-    @functools.wraps(function)
-    def under(*args: Any) -> Any:
-        token = _ACTIVE.set(active)
-        try:
-            return function(*args)
-        finally:
-            _ACTIVE.reset(token)
-
-    return under
 
 
 def shard_parameter(x: jax.Array, *names: str | None, whole: Sequence[int] | None = None) -> jax.Array:
@@ -392,8 +372,8 @@ def shard_parameter(x: jax.Array, *names: str | None, whole: Sequence[int] | Non
     return now.constrain(x, resolve(names, x.shape, now.rules.params, now.sizes, too_small).spec)
 
 
-def ways_of(names: Names, shape: Sequence[int]) -> tuple[int, ...]:
-    """Into how many parts the rules split each dim of a parameter or activation; 1 for each where there is no layout."""
+def ways(names: Names, shape: Sequence[int]) -> tuple[int, ...]:
+    """Into how many parts the rules split each dim of a parameter or an activation; 1 where there is no layout."""
     now = layout()
     if now is None:
         return (1,) * len(shape)

@@ -87,15 +87,35 @@ def execution(how: Execution) -> Iterator[None]:
     """
     token = _EXECUTION.set(how)
     try:
-        with contextlib.nullcontext() if how.mesh is None else axes.activation_rules(how.rules, how.mesh):
+        with axes.activated(None) if how.mesh is None else axes.activation_rules(how.rules, how.mesh):
             yield
     finally:
         _EXECUTION.reset(token)
 
 
 def current_execution() -> Execution:
-    """How models run here: what the innermost `execution` says, or the defaults of one device."""
-    return _EXECUTION.get() or Execution()
+    """How models run here: what the innermost `execution` says, or the defaults, by the rules that are active alone."""
+    if (how := _EXECUTION.get()) is not None:
+        return how
+    rules, mesh = axes.active() or (axes.Rules(), None)
+    return Execution(rules=rules, mesh=mesh)
+
+
+def held(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` under the execution at hand now, whenever it is traced: the backward pass of a `jax.custom_vjp` is
+    traced when the loss, and the `execution` entered in it, have returned."""
+    how, layout = _EXECUTION.get(), axes.active()
+
+    @functools.wraps(function)
+    def under(*args: Any) -> Any:
+        token = _EXECUTION.set(how)
+        try:
+            with axes.activated(layout):
+                return function(*args)
+        finally:
+            _EXECUTION.reset(token)
+
+    return under
 
 
 def compiled(*static: str) -> Callable[[Callable], Callable]:

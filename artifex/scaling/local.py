@@ -42,7 +42,7 @@ def local(
         specs, split = [], {}
         for names, array in zip(inputs, arrays, strict=True):
             specs.append(_spec(layout, names, array.shape, split))
-        with _parts({}), axes.no_layout():
+        with _parts({}), axes.activated(None):
             shapes = jax.eval_shape(function, *arrays)
         if isinstance(outputs, list):
             out = tuple(_spec(layout, names, like.shape, split) for names, like in zip(outputs, shapes, strict=True))
@@ -50,7 +50,7 @@ def local(
             out = _spec(layout, outputs, shapes.shape, split)
 
         def on_parts(*arrays: Any) -> Any:
-            with _parts(split), axes.no_layout():
+            with _parts(split), axes.activated(None):
                 return function(*arrays)
 
         # without the check of what varies over which axis: kernels say nothing of it

@@ -71,7 +71,7 @@ def dot_product_attention(
     heads = "act_kv_heads"
     if axes.activation_axes("act_kv_heads", K) != axes.activation_axes("act_heads", N):
         # key heads that do not divide over the devices that share the query heads: each is held by several
-        repeats, heads = _repeats(K, axes.ways("act_heads", N)), "act_heads"
+        repeats, heads = _repeats(K, axes.ways(("act_heads",), (N,))[0]), "act_heads"
         key_BSKH, value_BSKH = (jnp.repeat(x, repeats, axis=2) for x in (key_BSKH, value_BSKH))
     queries, keys = ("batch", None, "act_heads", None), ("batch", None, heads, None)
     return local(attention, inputs=(queries, keys, keys), outputs=queries)(query_BTNH, key_BSKH, value_BSKH)
