@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from artifex.training.signals import ending_at_once
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from artifex.training.runner import Runner
 
 TEXT = ("prompt", "num_tokens", "temperature", "top_k", "top_p")
 IMAGES = ("labels", "guidance", "steps", "sampler", "out")
@@ -35,17 +37,19 @@ def _draw(args: argparse.Namespace) -> None:
     from artifex.training.memory import explained
 
     with explained("out of memory; draw fewer at once with --num-samples"):
-        model = load(args.path, args.step)
-        given = {name: value for name, value in vars(args).items() if value is not None}
-        wrong = [name for name in (IMAGES if model.cfg.reads == "text" else TEXT) if name in given]
+        loaded = load(args.path, args.step, mesh=args.mesh and _sizes(args.mesh))
+        cfg, given = loaded.model.cfg, {name: value for name, value in vars(args).items() if value is not None}
+        wrong = [name for name in (IMAGES if cfg.reads == "text" else TEXT) if name in given]
         if wrong:
             flag = wrong[0].replace("_", "-")
-            raise ValueError(f"--{flag} does not apply: {args.path} holds a model of {model.cfg.reads}")
+            raise ValueError(f"--{flag} does not apply: {args.path} holds a model of {cfg.reads}")
         how = {name: given[name] for name in (*TEXT, *IMAGES, "num_samples", "seed") if name in given}
-        if model.cfg.reads == "text":
-            texts = continuations(args.path, model, how.pop("prompt", None), **how)
+        if cfg.reads == "text":
+            prompt = how.pop("prompt", None)
+            texts = loaded.run(lambda model: continuations(args.path, model, prompt, **how))
         else:
-            print(picture(model, names=load_classes(args.path, model.cfg.num_classes), **how))
+            names = load_classes(args.path, cfg.num_classes)
+            print(loaded.run(lambda model: picture(model, names=names, **how)))
             return
     for index, text in enumerate(texts):
         if len(texts) > 1:
@@ -62,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-samples", type=int, help="texts, or images (of each class) (default: 1 text, 8 images)")
     parser.add_argument("--seed", type=int, help="the same seed draws the same (default: 0)")
     parser.add_argument("--step", type=int, help="checkpoint of a run to sample from (default: the newest)")
+    parser.add_argument(
+        "--mesh", help="devices to draw on, as in fsdp=4,tensor=2: axes of the device section (default: one device)"
+    )
     text = parser.add_argument_group("models of text")
     text.add_argument("--prompt", help="text to continue (default: the one of the run's own samples)")
     text.add_argument("--num-tokens", type=int, help="new tokens (default: as many as fit, at most 400)")
@@ -84,10 +91,10 @@ def sample(path: str | Path, prompt: str | None = None, *, step: int | None = No
     `prompt` None is that of the run's own samples, or a newline where the folder names none. `how` is that of
     `continuations`. Raises `ValueError` or `FileNotFoundError` for what cannot be sampled.
     """
-    model = load(path, step)
-    if model.cfg.reads != "text":
-        raise ValueError(f"{path} holds a model of {model.cfg.reads}; load it and call model.sample(key, count=...)")
-    return continuations(path, model, prompt, **how)
+    loaded = load(path, step)
+    if (reads := loaded.model.cfg.reads) != "text":
+        raise ValueError(f"{path} holds a model of {reads}; load it and call model.sample(key, count=...)")
+    return loaded.run(lambda model: continuations(path, model, prompt, **how))
 
 
 def continuations(
@@ -198,24 +205,33 @@ def rows_of(
     return np.asarray(images), chosen
 
 
-def load(path: str | Path, step: int | None = None) -> Any:
-    """The model of a run folder (its average of weights where it keeps one) or of a folder of weights.
+def load(path: str | Path, step: int | None = None, *, mesh: Mapping[str, int] | None = None) -> Runner:
+    """The model of a run folder (its average of weights where it keeps one) or of a folder of weights, and how it runs:
+    `load(path).run(lambda model: model.sample(...))`.
 
-    Of a run, `step` None is the newest that is whole; one that is damaged is named on stderr. Raises
-    `FileNotFoundError` and `ValueError` for what holds neither and a step that is not there, `CheckpointError` where
+    On one device, or on a mesh of such sizes, `{"fsdp": 4, "tensor": 2}`; of a run in its compute dtype. Of a run,
+    `step` None is the newest that is whole; one that is damaged is named on stderr. Raises `FileNotFoundError` and
+    `ValueError` for what holds neither, a step that is not there and a mesh that does not fit, `CheckpointError` where
     none is whole.
     """
-    from artifex.models.weights import from_pretrained
-    from artifex.training.restore import restore_model
+    from artifex.training.restore import pretrained_model, restore_model
 
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is no folder; expected a run folder or a folder of weights")
     if (path / "checkpoints").is_dir():
-        return restore_model(path, step)
+        return restore_model(path, step, mesh=mesh)
     if step is not None:
         raise ValueError(f"{path} holds weights alone, so there is no step {step}; give the run folder instead")
-    return from_pretrained(path)
+    return pretrained_model(path, mesh=mesh)
+
+
+def _sizes(text: str) -> dict[str, int]:
+    """`fsdp=4,tensor=2` as a mapping."""
+    parts = [part.strip().partition("=") for part in text.split(",")]
+    if not all(axis and size.isdecimal() and int(size) for axis, _, size in parts):
+        raise ValueError(f"--mesh {text!r} is no list of axes with their devices; expected one as in fsdp=4,tensor=2")
+    return {axis: int(size) for axis, _, size in parts}
 
 
 if __name__ == "__main__":

@@ -116,10 +116,10 @@ def test_the_layer_is_its_equation(positions):
 def test_bfloat16_keeps_a_float32_state_and_stays_near():
     layer, x_BTD = LinearAttention(CFG, rngs=nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (2, 40, 24))
     graphdef, weights = nnx.split(layer)
-    run = jax.jit(lambda weights, x, state: nnx.merge(graphdef, weights)(x, np.arange(40), state))
-    state = LinearAttention.empty_cache(CFG, 2, 40, jnp.float32)
+    run = jax.jit(lambda weights, x, state: nnx.merge(graphdef, weights)(x, np.arange(40), state, Place(0, 0, 40)))
+    state = LinearAttention.empty_cache(CFG, 1, 2, 40, jnp.float32)
     exact, _ = run(weights, x_BTD, state)
     rough, after = run(jax.tree.map(lambda a: a.astype(jnp.bfloat16), weights), x_BTD.astype(jnp.bfloat16), state)
-    assert rough.dtype == jnp.bfloat16 and after.sum_BKHV.dtype == jnp.float32
+    assert rough.dtype == jnp.bfloat16 and after.sum_LBKHV.dtype == jnp.float32
     error = jnp.sqrt(jnp.mean(jnp.square(rough.astype(jnp.float32) - exact)) / jnp.mean(jnp.square(exact)))
     assert float(error) < 0.03

@@ -76,11 +76,11 @@ def test_a_state_that_only_fits_divided_is_refused_with_the_division(step):
 
 def test_a_run_that_cannot_fit_is_refused_before_it_leaves_a_trace(tmp_path):
     (tmp_path / "text.txt").write_text("a text that is long enough for a window of 32 bytes\n" * 40)
-    # logits of 2^18 tokens x 2^18 entries: 256 GiB
+    # the hidden layer of 2^18 tokens x 2^18 numbers: 256 GiB
     cfg = config(
         8192,
         data={"source": str(tmp_path / "text.txt"), "sequence_length": 32},
-        model={**config().model.model_dump(), "vocab_size": 2**18},
+        model={**config().model.model_dump(), "mlp_dim": 2**18},
     )
     with pytest.raises(MemoryError, match=r"the step needs .* GiB on each device .*, which has"):
         train.train(cfg, tmp_path / "run")

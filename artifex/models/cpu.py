@@ -51,5 +51,6 @@ def barrier(x: jax.Array) -> jax.Array:
 
 
 def experts_by_blocks() -> bool:
-    """Whether each expert multiplies blocks of its own rows instead of `jax.lax.ragged_dot`."""
-    return current_execution().on_one_cpu
+    """Whether each expert multiplies blocks of its own rows instead of `jax.lax.ragged_dot`: on any number of CPU
+    devices, for each has its own rows."""
+    return current_execution().platform == "cpu"

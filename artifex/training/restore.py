@@ -7,9 +7,10 @@ restored.state.params  # every array in its shards
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,17 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from artifex.config import Config
-from artifex.models.weights import holds_weights
+from artifex.models.weights import from_pretrained, holds_weights
 from artifex.models.weights_config import spec_of
-from artifex.scaling import manifest
+from artifex.scaling import manifest, placement
 from artifex.scaling.axes import Rules
 from artifex.scaling.checkpoints import CheckpointError, Checkpoints
+from artifex.scaling.execution import Execution
 from artifex.scaling.mesh_utils import create_device_mesh
 from artifex.scaling.plan import Plan
 from artifex.scaling.strategies import combine, strategies_for
 from artifex.training.freezing import join
+from artifex.training.runner import Result, Runner
 from artifex.training.state import Blueprint, TrainState, blueprint
 
 
@@ -40,6 +43,16 @@ class Restored:
     config: Config
     step: int
     mesh: Mesh
+    blueprint: Blueprint
+
+    def run(self, function: Callable[..., Result], *args: Any) -> Result:
+        """`function(model, *args)` by the mesh and the strategy it was restored to, in the run's compute dtype:
+
+        `restored.run(lambda model: model.sample(key, count=64))`. A method of `model` called alone is not laid out:
+        every device would do all of its work.
+        """
+        _, *trees = nnx.split(self.model, nnx.Param, ...)
+        return self.blueprint.runner(*map(nnx.to_pure_dict, trees)).run(function, *args)
 
 
 def restore(
@@ -67,19 +80,39 @@ def restore(
     with Checkpoints(saved.folder) as checkpoints:
         state = checkpoints.restore(saved.step, blue.state)
     weights = (state.weights, state.weights_buffers) if average else (state.params, state.buffers)
-    return Restored(nnx.merge(blue.graphdef, *weights), state, saved.config, saved.step, blue.mesh)
+    model = nnx.merge(blue.graphdef, *weights)
+    return Restored(model, state, saved.config, saved.step, blue.mesh, blue)
 
 
-def restore_model(path: str | os.PathLike[str], step: int | None = None) -> Any:
-    """The model alone, with the weights that validation and samples use, on one device. Raises as `restore`."""
+def restore_model(
+    path: str | os.PathLike[str], step: int | None = None, *, mesh: Mapping[str, int] | None = None
+) -> Runner:
+    """The model alone, with the weights that validation and samples use, on one device or on the `mesh` of such sizes.
+    Raises as `restore`."""
     saved = find_step(path, step)
-    blue = _blueprint(saved, None, None)
+    blue = _blueprint(saved, mesh, None)
     with Checkpoints(saved.folder) as checkpoints:
         weights = checkpoints.restore(saved.step, blue.state.weights, under=saved.weights)
         buffers = blue.state.buffers and checkpoints.restore(saved.step, blue.state.buffers, under="buffers")
         if blue.state.ema_buffers:
             buffers = join(buffers, checkpoints.restore(saved.step, blue.state.ema_buffers, under="ema_buffers"))
-    return nnx.merge(blue.graphdef, weights, buffers)
+    return blue.runner(weights, buffers)
+
+
+def pretrained_model(path: str | Path, *, mesh: Mapping[str, int] | None = None) -> Runner:
+    """The model of a folder of weights, in float32, on one device or on the `mesh` of such sizes, spread by what its
+    axes are named after. Raises as `artifex.models.weights.from_pretrained`."""
+    if mesh is None:
+        return Runner(from_pretrained(path), Execution())
+    plan = Plan(tuple(mesh.values()), tuple(mesh), combine(strategies_for(tuple(mesh))))
+    made = plan.make_mesh()
+
+    def where(state: nnx.State) -> Any:
+        place = functools.partial(placement.layout, table=plan.rules.params, rules=plan.rules, mesh=made)
+        shapes, names = placement.shapes_of(state), placement.names_of(state)
+        return jax.tree.map(lambda leaf, axes: place(leaf.shape, axes), shapes, names)
+
+    return Runner(from_pretrained(path, shardings=where), plan.execution(made))
 
 
 @dataclasses.dataclass(frozen=True)

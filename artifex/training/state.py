@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,7 @@ from artifex.scaling.execution import Execution, execution
 from artifex.scaling.plan import Plan
 from artifex.training import freezing
 from artifex.training.precision import carried, in_dtype, model_in
-
-Result = TypeVar("Result")
+from artifex.training.runner import Result, Runner
 
 BATCH = {1: ("batch",), 2: ("batch", "sequence"), 4: ("batch", "height", "width", "channels")}
 """The logical axes of an array of a batch, by its rank."""
@@ -103,10 +102,12 @@ class Blueprint:
         The model has the weights that validation, samples and exports use. There is no other way from a state to a
         model that runs, so nothing forgets the rules.
         """
+        return self.runner(state.weights, state.weights_buffers).run(function, *args)
+
+    def runner(self, weights: Any, buffers: Any) -> Runner:
+        """The model of these weights and buffers, nested dicts, and how it runs."""
         how = self.execution
-        with execution(how):
-            model = model_in(how.compute_dtype, self.graphdef, state.weights, state.weights_buffers)
-            return function(model, *args)
+        return Runner(model_in(how.compute_dtype, self.graphdef, weights, buffers), how)
 
     def split(self, tree: Any) -> tuple[Any, Any]:
         """What of a tree like the parameters is trained, and what is frozen; `freezing.join` puts both together."""

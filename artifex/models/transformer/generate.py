@@ -36,8 +36,8 @@ def generate(
 
     `temperature` divides the logits, 0 is greedy; `top_k` keeps the k likeliest tokens; `top_p` in (0, 1] the fewest
     whose probability reaches p (Holtzman et al. 2019, arXiv:1904.09751). Raises `ValueError` for settings out of
-    range, an empty prompt, token ids outside the vocabulary, more positions than the model has, and a model that is
-    not causal. Experts take every token here, whatever their capacity.
+    range, an empty prompt, token ids outside the vocabulary (where they are known: not inside a `jax.jit`), more
+    positions than the model has, and a model that is not causal. Experts take every token, whatever their capacity.
     """
     if not model.cfg.causal:
         raise ValueError("the decoder has causal=False: it cannot continue a prompt; use masked diffusion to sample")
@@ -165,7 +165,8 @@ def check_request(
         raise ValueError(f"top_k is {top_k}; expected at least 1, or None for all tokens")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; expected a probability in (0, 1]")
-    low, high = (int(prompt.min()), int(prompt.max())) if prompt.size else (0, 0)
+    known = prompt.size and not isinstance(prompt, jax.core.Tracer)
+    low, high = (int(prompt.min()), int(prompt.max())) if known else (0, 0)
     if low < 0 or high >= cfg.vocab_size:
         raise ValueError(f"prompt holds token ids {low} to {high}; the model's vocabulary is 0 to {cfg.vocab_size - 1}")
     total, room = prompt.shape[1] + num_tokens, cfg.sequence_length - prompt.shape[1]

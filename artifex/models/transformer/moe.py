@@ -8,10 +8,9 @@ of an expert, R rows of a block, b blocks.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from artifex.models import cpu, layers
 from artifex.models.transformer.config import DecoderConfig
 from artifex.models.transformer.feed_forward import GATES, GatedMLP
 from artifex.scaling import axes
+from artifex.scaling.local import local, total
 
 Kernels = tuple[jax.Array, jax.Array, jax.Array]  # gate and up (E, D, F), down (E, F, D)
 Activation = Callable[[jax.Array], jax.Array]
@@ -81,22 +81,49 @@ class MoE(nnx.Module):
         weight_SK, expert_SK = jax.lax.top_k(jax.nn.softmax(logits_SE, axis=-1), cfg.experts_per_token)
         if cfg.normalize_expert_weights:
             weight_SK = weight_SK / jnp.sum(weight_SK, axis=-1, keepdims=True)
-        expert_A = expert_SK.T.reshape(-1)
-        size_E = jnp.sum(expert_A[:, None] == jnp.arange(cfg.num_experts)[None], axis=0, dtype=jnp.int32)
-        mix = served
-        if cfg.capacity_factor is not None and not dropless:
-            # an expert is chosen at most once by a token
-            C = min(math.ceil(cfg.capacity_factor * expert_A.size / cfg.num_experts), x_SD.shape[0])
-            mix = functools.partial(capped, capacity=C)
+        size_E = sizes(expert_SK, cfg.num_experts)
         kernels = (self.gate.kernel[...], self.up.kernel[...], self.down.kernel[...])
-        chosen_AD, kept_E = mix(x_SD, expert_A, size_E, kernels, GATES[cfg.mlp])
-        chosen_KSD = chosen_AD.reshape(cfg.experts_per_token, *x_SD.shape)
-        y_SD = jnp.sum(chosen_KSD * weight_SK.T.astype(chosen_KSD.dtype)[..., None], axis=0)
-        y_BTD = axes.shard(y_SD.reshape(x_BTD.shape), "batch", "sequence", "hidden")
+        if cfg.capacity_factor is None or dropless:
+            y_BTD, kept_E = self.served(x_BTD, weight_SK, expert_SK, kernels), size_E
+        else:
+            # an expert is chosen at most once by a token
+            C = min(math.ceil(cfg.capacity_factor * expert_SK.size / cfg.num_experts), x_SD.shape[0])
+            y_SD, kept_E = capped(x_SD, weight_SK, expert_SK, kernels, GATES[cfg.mlp], capacity=C)
+            y_BTD = y_SD.reshape(x_BTD.shape)
+        y_BTD = axes.shard(y_BTD, "batch", "sequence", "hidden")
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD)
-        dropped = jnp.sum(size_E - kept_E).astype(jnp.float32) / expert_A.size
+        dropped = jnp.sum(size_E - kept_E).astype(jnp.float32) / expert_SK.size
         return y_BTD, balance(logits_SE, size_E) | {"dropped": dropped}
+
+    def served(self, x_BTD: jax.Array, weight_SK: jax.Array, expert_SK: jax.Array, kernels: Kernels) -> jax.Array:
+        """The mixture (B, T, D) in which every expert takes all that chose it: each device for its own tokens, with its
+        part of every expert's hidden width."""
+        K, activation = self.cfg.experts_per_token, GATES[self.cfg.mlp]
+
+        def of_part(x_BTD: jax.Array, weight_BTK: jax.Array, expert_BTK: jax.Array, *kernels: Any) -> jax.Array:
+            x_SD, choice = x_BTD.reshape(-1, x_BTD.shape[-1]), (weight_BTK.reshape(-1, K), expert_BTK.reshape(-1, K))
+            y_SD = served(x_SD, *choice, kernels, activation)
+            return total(y_SD, "act_mlp").reshape(x_BTD.shape)
+
+        of_token, wide = ("batch", "sequence", None), ("act_experts", None, "act_mlp")
+        inputs = (of_token, of_token, of_token, wide, wide, ("act_experts", "act_mlp", None))
+        choice = (each_SK.reshape(*x_BTD.shape[:2], K) for each_SK in (weight_SK, expert_SK))
+        if axes.activation_axes("act_experts", self.cfg.num_experts):  # XLA brings the tokens to experts that are split
+            return of_part(x_BTD, *choice, *kernels)
+        return local(of_part, inputs=inputs, outputs=of_token)(x_BTD, *choice, *kernels)
+
+
+def sizes(expert_SK: jax.Array, experts: int) -> jax.Array:
+    """(E,): how many tokens chose each expert."""
+    return jnp.sum(expert_SK.reshape(-1, 1) == jnp.arange(experts)[None], axis=0, dtype=jnp.int32)
+
+
+def mixed(chosen_AD: jax.Array, weight_SK: jax.Array) -> jax.Array:
+    """The weighted sum (S, D) of what its experts make of each token."""
+    S, K = weight_SK.shape
+    chosen_KSD = chosen_AD.reshape(K, S, -1)
+    return jnp.sum(chosen_KSD * weight_SK.T.astype(chosen_KSD.dtype)[..., None], axis=0)
 
 
 def balance(logits_SE: jax.Array, size_E: jax.Array) -> dict[str, jax.Array]:
@@ -112,11 +139,12 @@ def balance(logits_SE: jax.Array, size_E: jax.Array) -> dict[str, jax.Array]:
 
 
 def served(
-    x_SD: jax.Array, expert_A: jax.Array, size_E: jax.Array, kernels: Kernels, activation: Activation
-) -> tuple[jax.Array, jax.Array]:
-    """What each assignment's expert makes of its token (A, D), and how many assignments each expert served: all."""
+    x_SD: jax.Array, weight_SK: jax.Array, expert_SK: jax.Array, kernels: Kernels, activation: Activation
+) -> jax.Array:
+    """The mixture (S, D) in which every expert takes all that chose it."""
+    expert_A = expert_SK.T.reshape(-1)
     mix = by_blocks if cpu.experts_by_blocks() else by_ragged_dot
-    return mix(x_SD, expert_A, size_E, kernels, activation), size_E
+    return mixed(mix(x_SD, expert_A, sizes(expert_SK, len(kernels[0])), kernels, activation), weight_SK)
 
 
 def by_ragged_dot(
@@ -161,15 +189,16 @@ def by_blocks(
 
 def capped(
     x_SD: jax.Array,
-    expert_A: jax.Array,
-    size_E: jax.Array,
+    weight_SK: jax.Array,
+    expert_SK: jax.Array,
     kernels: Kernels,
     activation: Activation,
     *,
     capacity: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """`served`, but for the assignments over `capacity`: for those it returns 0."""
-    E, C = size_E.size, capacity
+    """The mixture (S, D) but for the assignments over `capacity`, and how many each expert takes."""
+    E, C = len(kernels[0]), capacity
+    expert_A, size_E = expert_SK.T.reshape(-1), sizes(expert_SK, E)
     kept_E = jnp.minimum(size_E, C)
     rows = laid_out(expert_A, size_E, C * jnp.arange(E), kept_E, jnp.repeat(jnp.arange(E), C))
     gate_EDF, up_EDF, down_EFD = kernels
@@ -177,7 +206,7 @@ def capped(
     gate_ECF, up_ECF = (checkpoint_name(x_ECD @ kernel, "hidden") for kernel in (gate_EDF, up_EDF))
     h_ECF = axes.shard(activation(gate_ECF) * up_ECF, "act_experts", None, "act_mlp")
     y_ECD = axes.shard(h_ECF @ down_EFD, "act_experts", None, "hidden")
-    return collect(y_ECD.reshape(E * C, -1), rows), kept_E
+    return mixed(collect(y_ECD.reshape(E * C, -1), rows), weight_SK), kept_E
 
 
 def ordered(expert_A: jax.Array) -> tuple[jax.Array, jax.Array]:
