@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from artifex.models.rows import fill_up
 from artifex.models.stack import stack_states, stack_with_state
@@ -165,7 +166,7 @@ def check_request(
         raise ValueError(f"top_k is {top_k}; expected at least 1, or None for all tokens")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; expected a probability in (0, 1]")
-    known = prompt.size and not isinstance(prompt, jax.core.Tracer)
+    known = prompt.size and not isinstance(prompt, Tracer)
     low, high = (int(prompt.min()), int(prompt.max())) if known else (0, 0)
     if low < 0 or high >= cfg.vocab_size:
         raise ValueError(f"prompt holds token ids {low} to {high}; the model's vocabulary is 0 to {cfg.vocab_size - 1}")
