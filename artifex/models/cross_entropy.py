@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from artifex.models.layers import product
 from artifex.scaling import axes
-from artifex.scaling.execution import held
+from artifex.scaling.execution import current_execution, held
 
 HIDDEN = -1e30
 """The logit of what never stands: its probability is 0, and it is finite, so that a product with 0 is 0."""
@@ -228,6 +228,8 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, None]:
     x_BTD, head_VD, targets_BT, total_BT = kept
     of_total, of_picked = (ct_BT[..., None, None] for ct_BT in cts_BT)
+    dtypes = (head_VD.dtype, jnp.dtype(current_execution().reduce_dtype or head_VD.dtype))
+    sums = max(dtypes, key=lambda dtype: dtype.itemsize)
 
     def add(dx_SBTD: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         ids_SC, head_SCD = blocks.ids(part[1]), blocks.whole(part[0])
@@ -240,9 +242,9 @@ def _backward(
         d_BTSC = d_BTSC if hidden_SC is None else jnp.where(hidden_SC[None, None], 0.0, d_BTSC)
         d_BTSC = axes.shard(d_BTSC.astype(x_BTD.dtype), *LOGITS, None)
         more_SBTD = jnp.einsum("BTSC,SCD->SBTD", d_BTSC, head_SCD, preferred_element_type=jnp.float32)
-        # in the head's dtype as it leaves the product, in float32 inside it: devices then add up what they do today
-        dhead_SCD = jnp.einsum("BTSC,BTD->SCD", d_BTSC, x_BTD, preferred_element_type=head_VD.dtype)
-        dhead_PRD = blocks.shard(dhead_SCD.reshape(part[0].shape), "vocab", None, "embed")
+        # float32 inside the product; as it leaves it, and devices add it up, as of every other parameter
+        dhead_SCD = jnp.einsum("BTSC,BTD->SCD", d_BTSC, x_BTD, preferred_element_type=sums)
+        dhead_PRD = blocks.shard(dhead_SCD.reshape(part[0].shape), "vocab", None, "embed").astype(head_VD.dtype)
         return axes.shard(dx_SBTD + more_SBTD, *OF_X), dhead_PRD
 
     start = axes.shard(jnp.zeros((blocks.ways, *x_BTD.shape), jnp.float32), *OF_X)

@@ -1,0 +1,124 @@
+"""Our own training step, compiled for accelerators that are not there: what it holds, and that nothing grows with T x T
+or T x V. Each compile is a process of `benchmarks/target_memory.py`; 4 to 80 s each on two cores."""
+
+import importlib.util
+import json
+import math
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+GPU = pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda12") is None,
+    reason="needs jax-cuda12-plugin",
+)
+pytestmark = pytest.mark.slow
+
+
+def compiled(target, model, *options):
+    """What the benchmark prints of a compile."""
+    command = [sys.executable, "benchmarks/target_memory.py", target, model, *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-2_000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def of(tokens, length):
+    """16 devices with 8,192 tokens each, in rows of `length`."""
+    return "--batch", str(16 * tokens // length), "--sequence", str(length)
+
+
+@TPU
+@pytest.mark.parametrize("length", [2_048, 4_096, 8_192])
+def test_a_tpu_step_does_not_grow_with_the_length_of_its_rows(length):
+    assert compiled("v5e:4x4", "llama3.2-1b", *of(8_192, length))["temporary_GiB"] <= 3.3
+
+
+@TPU
+def test_8b_fits_on_16_chips_of_16_gib():
+    used = compiled("v5e:4x4", "llama3-8b", *of(8_192, 2_048))
+    assert used["state_GiB"] + used["temporary_GiB"] < 14.5
+
+
+@TPU
+def test_muon_needs_little_more_than_adamw():
+    shape = ("v5e:4x4", "llama3.2-1b", *of(8_192, 2_048))
+    adamw, muon = (compiled(*shape, "--optimizer", name)["temporary_GiB"] for name in ("adamw", "muon"))
+    assert muon < adamw + 0.6
+
+
+@TPU
+def test_what_is_offloaded_leaves_the_chip():
+    shape = ("v5e:4x4", "llama3.2-1b", *of(8_192, 2_048))
+    kept = compiled(*shape, "--remat", "qkv=keep")["temporary_GiB"]
+    away = compiled(*shape, "--remat", "qkv=offload")["temporary_GiB"]
+    # queries, keys and values of 16 layers: 8,192 x (2,048 + 2 x 512) x 2 bytes each
+    assert kept - away > 0.8 * 16 * 8_192 * 3_072 * 2 / 2**30
+
+
+@GPU
+@pytest.mark.parametrize(
+    ("model", "mesh", "length", "most"),
+    [
+        ("llama3.2-1b", "fsdp=16", 2_048, 2.2),
+        ("llama3.2-1b", "fsdp=16", 8_192, 2.2),
+        ("gemma2-2b", "fsdp=16", 2_048, 6.5),  # a softcap, which cuDNN refuses
+        ("gemma2-2b", "fsdp=16", 8_192, 6.5),
+        ("llama3-8b", "fsdp=4,tensor=4", 2_048, 13),
+    ],
+)
+def test_a_gpu_step_fits(model, mesh, length, most):
+    assert compiled("h100:2x8", model, "--mesh", mesh, *of(8_192, length))["temporary_GiB"] <= most
+
+
+@pytest.mark.parametrize(
+    ("target", "model", "length", "vocab"),  # a length that is no dim of the model
+    [
+        pytest.param("h100:2x8", "llama3.2-1b", 3_072, 128_256, marks=GPU),
+        pytest.param("h100:2x8", "gemma2-2b", 5_120, 256_000, marks=GPU),
+        pytest.param("v5e:4x4", "llama3.2-1b", 3_072, 128_256, marks=TPU),
+    ],
+)
+def test_nothing_in_the_program_grows_with_t_x_t_or_t_x_v(target, model, length, vocab, tmp_path):
+    batch = ("--batch", "32", "--sequence", str(length))
+    compiled(target, model, *batch, "--text", str(tmp_path / "program.txt"))
+    shapes, constants = set(), {()}
+    for line in (tmp_path / "program.txt").read_text().splitlines():
+        found = {
+            tuple(map(int, dims.split(",")))
+            for dims in re.findall(r"(?:f32|bf16|pred|s32|u32)\[([\d,]+)\]", line.split(" metadata=")[0])
+        }
+        shapes |= found
+        constants |= found if " constant(" in line else set()
+    assert length in {size for shape in shapes for size in shape}, "it is this program"
+    assert [shape for shape in shapes if shape.count(length) > 1] == []
+    assert [shape for shape in shapes if {length, 2 * length} & set(shape) and vocab in shape] == []
+    # no mask, and no table of angles
+    assert max(map(math.prod, constants)) < 16 * length
+
+
+@GPU
+def test_compiling_and_tracing_do_not_grow_with_depth():
+    def layers(count):
+        return "--set", json.dumps({"model": {"num_layers": count}})
+
+    shallow, deep = (compiled("h100:2x8", "llama3-8b", *of(8_192, 2_048), *layers(count)) for count in (8, 80))
+    assert deep["compile_s"] <= 1.3 * shallow["compile_s"] + 2  # seconds: two compiles never take the same
+    large = compiled("h100:128x8", "llama3-70b", "--mesh", "fsdp=128,tensor=8", "--batch", "1024")
+    assert large["lowering_s"] < 5
+
+
+@GPU
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_gradients_are_summed_across_devices_in_the_reduce_dtype(dtype, tmp_path):
+    sections = {"training": {"reduce_dtype": dtype}, "model": {"num_layers": 2}}
+    shape = (*of(8_192, 2_048), "--set", json.dumps(sections), "--text", str(tmp_path / "program.txt"))
+    compiled("h100:2x8", "llama3.2-1b", *shape)
+    lines = re.findall(r"= (.*) reduce-scatter-start\(", (tmp_path / "program.txt").read_text())
+    kernels = {kind for line in lines for kind in re.findall(r"(bf16|f32)\[\d+,[\d,]+\]", line)}
+    assert kernels == {"f32" if dtype else "bf16"}
