@@ -12,10 +12,12 @@ from flax import nnx
 
 from artifex import models
 from artifex.models import layers
-from artifex.models.transformer.generate import pick
+from artifex.models.transformer.generate import empty_caches, pick
 from artifex.optim import inputs_of
 from artifex.scaling.execution import Execution, execution
+from artifex.scaling.mesh_utils import create_device_mesh
 from artifex.scaling.placement import leaves_with_names, names_of, shapes_of
+from artifex.scaling.strategies import combine, strategies_for
 
 SMALL = {
     "vocab_size": 61,
@@ -297,6 +299,21 @@ def test_greedy_decoding_equals_running_the_whole_prefix_each_time(model, prompt
     for at in range(prompt_length, prompt_length + 12):  # later positions are zeros: the past does not see them
         tokens = tokens.at[:, at].set(jnp.argmax(forward(model, tokens)[:, at - 1], axis=-1))
     np.testing.assert_array_equal(got, tokens[:, prompt_length : prompt_length + 12])
+
+
+def test_greedy_decoding_on_a_mesh_equals_one_device(model):
+    prompt = ids((3, 33))  # rows that do not divide, and more positions than a window
+    draw = lambda: model.sample(jax.random.key(0), prompt=prompt, num_tokens=6, temperature=0)  # noqa: E731
+    mesh = create_device_mesh((2, 4), ("fsdp", "tensor"))
+    with execution(Execution(rules=combine(strategies_for(mesh.axis_names)), mesh=mesh)):  # layers scanned
+        found = draw()
+    np.testing.assert_array_equal(found, draw())
+
+
+def test_a_layer_with_a_window_caches_no_more():
+    model = models.create("gemma2-nano", rngs=nnx.Rngs(0), window=16, num_layers=4, embed_dim=32, vocab_size=61)
+    local, everywhere = empty_caches(model, 2, 100)[0]
+    assert local.key_LBKSH.shape[3] == 16 and everywhere.key_LBKSH.shape[3] == 100
 
 
 def test_a_sample_is_a_pure_function_of_its_key(model):

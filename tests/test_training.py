@@ -183,6 +183,33 @@ def test_dropout_is_drawn_from_the_states_key_and_the_step():
     assert losses(0) == losses(0) and losses(0)[0] != losses(1)[0]
 
 
+def test_each_dtype_is_about_its_own_part(one_device):
+    _, _, losses = one_device
+    low = {"param_dtype": "bfloat16", "gradient_dtype": "bfloat16", "gradient_accumulation": 2, "ema_decay": 0.9}
+    _, state, found = run(config(training=TRAINING | low), 1)
+    dtypes = lambda tree: {leaf.dtype.name for leaf in jax.tree.leaves(tree) if leaf.ndim}  # noqa: E731
+    assert dtypes(state.params) == {"bfloat16"}
+    assert dtypes(state.optimizer) == dtypes(state.ema) == {"float32"}
+    np.testing.assert_allclose(found, losses, rtol=0.02)
+    # what XLA adds up over microbatches is in the dtype that was asked for
+    blue, step = built(json.dumps(config(training=TRAINING | low).to_dict()), 1)
+    text = step.lower(blue.state, batch(0)).as_text()
+    assert "tensor<2x32x8x4xbf16>" in text  # the gradient of the stacked query kernels, carried by a loop
+
+
+def test_sums_in_the_reduce_dtype_are_nearer_to_one_device():
+    sections = {"training": TRAINING | {"compute_dtype": "bfloat16"}, "device": {"data": 2, "tensor": 4}}
+    exact = run(config(training=TRAINING), 1, 1)[2][0]
+    coarse = run(config(**sections), 8, 1)[2][0]
+    sections["training"]["reduce_dtype"] = "float32"
+    blue, _, fine = run(config(**sections), 8, 1)
+    assert abs(fine[0] - exact) < max(2 * abs(coarse - exact), 1e-3)
+    # in the program that is compiled, the products leave as float32 and are rounded behind the sum
+    program = jax.jit(lambda params: blue.loss(params, {}, batch(0), None)[0]).lower(blue.state.params).as_text()
+    products = [line for line in program.splitlines() if "stablehlo.dot_general" in line]
+    assert products and all(line.rstrip().endswith("xf32>") or "xf32> loc" in line for line in products)
+
+
 def test_bfloat16_compute_keeps_float32_state_and_a_near_loss(one_device):
     _, state, losses = run(config(training={**TRAINING, "compute_dtype": "bfloat16"}), 1)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
