@@ -3,8 +3,8 @@
     python benchmarks/target_memory.py v5e:4x4 llama3.2-1b --mesh fsdp=16 --batch 64 --sequence 2048
     python benchmarks/target_memory.py h100:2x8 llama3-8b --mesh fsdp=4,tensor=4 --batch 64 --sequence 2048
 
-Nothing runs. For TPUs `pip install libtpu`; for GPUs `pip install jax-cuda12-plugin jax-cuda12-pjrt` of the version of
-jax, and NVIDIA's wheels for cuDNN. A slice is named as JAX names it; of GPUs "h100:HOSTSxGPUS". One compile a process.
+Nothing runs. For TPUs `pip install libtpu`; for GPUs `pip install jax-cuda12-plugin jax-cuda12-pjrt` (or 13) of the
+version of jax, and NVIDIA's wheels for cuDNN. A slice is named as JAX names it; of GPUs "h100:HOSTSxGPUS". One compile a process.
 """
 
 from __future__ import annotations
@@ -103,8 +103,12 @@ def devices_of(target: str) -> list:
     kind, _, shape = target.partition(":")
     if kind != "h100":
         return list(topologies.get_topology_desc(platform="tpu", topology_name=target).devices)
-    import jax_plugins.xla_cuda12 as plugin
     from jax._src.lib import xla_client
+
+    try:
+        import jax_plugins.xla_cuda13 as plugin
+    except ImportError:
+        import jax_plugins.xla_cuda12 as plugin
 
     library = str(pathlib.Path(plugin.__file__ or "").parent / "xla_cuda_plugin.so")
     with contextlib.suppress(Exception):  # without a driver it raises, and is loaded all the same
