@@ -5,51 +5,83 @@ Prints for each batch size how many tokens agree with ours: they must all, in fl
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import bare
-import interleave
 import jax
 import jax.numpy as jnp
 import numpy as np
+import report
 import setups
+import workers
 from flax import nnx
+from workers import Built, Variant
 
 
 def main() -> None:
     args = setups.parser(__doc__).parse_args()
     setup = setups.chosen(args)
     for rows in [args.batch] if args.batch else [1, 8]:
-        compare(dataclasses.replace(setup, batch=rows), args.rounds, args.torch)
+        compare(dataclasses.replace(setup, batch=rows), args)
 
 
-def compare(setup: setups.Setup, rounds: int, with_torch: bool) -> None:
+def compare(setup: setups.Setup, args: argparse.Namespace) -> None:
     """Time all variants on one batch."""
-    cfg, new = setup.decoder, setup.new_tokens
-    model = cfg.build(nnx.Rngs(0))
+    variants = {"ours": Variant(ours, (setup,)), "bare JAX": Variant(bare_jax, (setup,))}
+    if args.torch:
+        variants["PyTorch"] = Variant(pytorch, (setup,))
+    variants |= setups.against(args, variants["ours"])
+    print(f"batch {setup.batch}, {setup.prompt} + {setup.new_tokens} tokens")
+    with workers.started(variants) as all_workers:
+        seconds = workers.in_turn(all_workers, args.rounds)
+    print(report.table(seconds, setup.batch * setup.new_tokens, "tokens"))
+    tokens = {worker.name: worker.computed["tokens"] for worker in all_workers}
+    for rival in list(variants)[1:]:
+        print(report.ratio(seconds, "ours", rival))
+        print(f"{100 * np.mean(tokens[rival] == tokens['ours']):.1f} % of the tokens of {rival} are ours")
+
+
+def our_model(setup: setups.Setup) -> tuple[Any, Any]:
+    """The model and its parameters, the same in every process."""
+    model = setup.decoder.build(nnx.Rngs(0))
     params = jax.tree.map(lambda value: value.astype(setup.dtype), nnx.to_pure_dict(nnx.state(model)))
     nnx.update(model, params)
-    matrices = bare.from_model(params, join=True)
-    prompt = np.random.default_rng(0).integers(0, cfg.vocab_size, (setup.batch, setup.prompt), dtype=np.int32)
-    prompt_BP, key = jnp.asarray(prompt), jax.random.key(0)
-    heads: dict[str, Any] = {"heads": cfg.num_heads, "head_dim": cfg.per_head}
-    calls = {
-        "ours": lambda: model.sample(key, prompt=prompt_BP, num_tokens=new, temperature=0),
-        "bare JAX": lambda: bare.generate(matrices, prompt_BP, num_tokens=new, **heads),
-    }
-    if with_torch:
-        import pytorch
+    return model, params
 
-        calls["PyTorch"] = pytorch.make_generate(pytorch.build(cfg, matrices), prompt, new, setup.dtype)
 
-    print(f"batch {setup.batch}, {setup.prompt} + {new} tokens")
-    tokens = {name: np.asarray(call()) for name, call in calls.items()}
-    seconds = interleave.interleave(calls, rounds)
-    print(interleave.table(seconds, setup.batch * new, "tokens"))
-    for rival in list(calls)[1:]:
-        print(interleave.ratio(seconds, "ours", rival))
-        print(f"{100 * np.mean(tokens[rival] == tokens['ours']):.1f} % of the tokens of {rival} are ours")
+def prompt(setup: setups.Setup) -> np.ndarray:
+    """Random tokens, int32 (batch, prompt)."""
+    shape = (setup.batch, setup.prompt)
+    return np.random.default_rng(0).integers(0, setup.decoder.vocab_size, shape, dtype=np.int32)
+
+
+def ours(setup: setups.Setup) -> Built:
+    (model, _), key, prompt_BP = our_model(setup), jax.random.key(0), jnp.asarray(prompt(setup))
+    return built(lambda: model.sample(key, prompt=prompt_BP, num_tokens=setup.new_tokens, temperature=0))
+
+
+def bare_jax(setup: setups.Setup) -> Built:
+    cfg, matrices, prompt_BP = (
+        setup.decoder,
+        bare.from_model(our_model(setup)[1], join=True),
+        jnp.asarray(prompt(setup)),
+    )
+    how = {"num_tokens": setup.new_tokens, "heads": cfg.num_heads, "head_dim": cfg.per_head}
+    return built(lambda: bare.generate(matrices, prompt_BP, **how))
+
+
+def pytorch(setup: setups.Setup) -> Built:
+    import pytorch
+
+    model = pytorch.build(setup.decoder, bare.from_model(our_model(setup)[1], join=True))
+    return built(pytorch.make_generate(model, prompt(setup), setup.new_tokens, setup.dtype))
+
+
+def built(call: Callable[[], Any]) -> Built:
+    return Built(call, {"tokens": np.asarray(call())})
 
 
 if __name__ == "__main__":

@@ -11,19 +11,19 @@ import dataclasses
 from typing import Any
 
 import bare_images
-import interleave
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import ours as package
+import report
 import setups
-from train_step import ADAMW, Variant, check_equal, measured
+import workers
+from flax import nnx
+from workers import Built, Variant
 
-from artifex.config import Config
 from artifex.models.diffusion.networks import UNET
-from artifex.scaling.plan import Plan
-from artifex.training.state import Blueprint, TrainState, blueprint
-from artifex.training.step import make_loss, make_step
+from artifex.training.state import Blueprint, TrainState
 
 RATE = 1e-4
 
@@ -67,55 +67,37 @@ def main() -> None:
     size.add_argument("--gpu", action="store_true", help="larger, in bfloat16, on an accelerator")
     options.add_argument("--rounds", type=int, default=7, help="times that each variant is timed")
     options.add_argument("--no-torch", dest="torch", action="store_false", help="leave out PyTorch")
+    setups.add_against(options)
     args = options.parse_args()
     print(setups.machine())
     for name in args.models or SETUPS:
         if name not in SETUPS:
             options.error(f"{name!r} is unknown; choose any of {', '.join(SETUPS)}")
-        compare(name, (SMALL if args.small else GPU if args.gpu else SETUPS)[name], args.rounds, args.torch)
+        compare(name, (SMALL if args.small else GPU if args.gpu else SETUPS)[name], args)
 
 
-def compare(name: str, setup: Setup, rounds: int, with_torch: bool) -> None:
+def compare(name: str, setup: Setup, args: argparse.Namespace) -> None:
     """Time all variants of one model."""
     print(f"\n{name}: {setup}")
-    blue = our_blueprint(setup)
-    state, rows = rough_state(blue), batch(setup, blue)
-    params = jax.device_get(state.params)
-    model = bare_model(setup, blue)
-    variants = {"ours": ours(blue, state, rows), "bare JAX": bare_jax(name, setup, model, params, rows)}
-    if with_torch:
-        variants |= pytorch(blue, setup, params, rows, jax.device_get(model.draw(rows)))
-    check_equal(variants, 1e-5 if setup.dtype == "float32" else 2e-2)
-
-    seconds = interleave.interleave({key: variant.call for key, variant in variants.items()}, rounds)
-    print(interleave.table(seconds, setup.batch, "images"))
-    for kind in ("bare JAX", "PyTorch") if with_torch else ("bare JAX",):
-        print(interleave.ratio(seconds, "ours", interleave.best(seconds, kind)))
+    variants = {"ours": Variant(ours, (setup,)), "bare JAX": Variant(bare_jax, (setup,))}
+    if args.torch:
+        variants["PyTorch"] = Variant(pytorch, (setup, False))
+        if name != "dit":  # a transformer has no use for another layout
+            variants["PyTorch, channels last"] = Variant(pytorch, (setup, True))
+    variants |= setups.against(args, variants["ours"])
+    with workers.started(variants) as all_workers:
+        report.check_equal(all_workers, 1e-5 if setup.dtype == "float32" else 2e-2)
+        seconds = workers.in_turn(all_workers, args.rounds)
+    print(report.table(seconds, setup.batch, "images"))
+    for kind in ("bare JAX", "PyTorch", "ours in"):
+        if any(key.startswith(kind) for key in seconds):
+            print(report.ratio(seconds, "ours", report.best(seconds, kind)))
 
 
 def our_blueprint(setup: Setup) -> Blueprint:
-    """A run of the package on one device: constant learning rate, no clipping."""
-    optimizer = {
-        "name": "adamw",
-        "learning_rate": RATE,
-        "schedule": "constant",
-        "warmup_steps": 0,
-        "clip_norm": None,
-        "beta1": ADAMW["b1"],
-        "beta2": ADAMW["b2"],
-        "eps": ADAMW["eps"],
-        "weight_decay": ADAMW["weight_decay"],
-    }
-    config = Config.from_dict(
-        {
-            "model": {"name": setup.preset, **setup.overrides},
-            "data": {"source": "digits"},
-            "training": {"batch_size": setup.batch, "compute_dtype": setup.dtype},
-            "optimizer": optimizer,
-        }
-    )
-    plan = Plan.from_device(config.device, 1)
-    return blueprint(config, plan, plan.make_mesh(jax.devices()[:1]))
+    model = {"name": setup.preset, **setup.overrides}
+    settings = {"batch_size": setup.batch, "compute_dtype": setup.dtype}
+    return package.build(model, {"source": "digits"}, settings, RATE)
 
 
 def rough_state(blue: Blueprint) -> TrainState:
@@ -125,14 +107,14 @@ def rough_state(blue: Blueprint) -> TrainState:
     return dataclasses.replace(state, params=jax.device_put(moved, blue.shardings.params))
 
 
-def batch(setup: Setup, blue: Blueprint) -> dict[str, jax.Array]:
+def batch(setup: Setup, blue: Blueprint) -> dict[str, np.ndarray]:
     """Random images of 256 levels, and labels where the model has classes."""
     spec, draw = blue.config.model.spec(), np.random.default_rng(0)
     shape = (setup.batch, spec.image_size, spec.image_size, spec.channels)
     rows: dict[str, Any] = {"image": (draw.integers(0, 256, shape) / 127.5 - 1).astype(np.float32)}
     if spec.num_classes:
         rows["label"] = draw.integers(0, spec.num_classes, setup.batch, dtype=np.int32)
-    return jax.device_put(rows, blue.batch_sharding(rows))
+    return rows
 
 
 def bare_model(setup: Setup, blue: Blueprint) -> bare_images.Model:
@@ -150,24 +132,18 @@ def bare_model(setup: Setup, blue: Blueprint) -> bare_images.Model:
     return bare_images.diffusion(predict, setup.dtype, net.num_classes)
 
 
-def ours(blue: Blueprint, state: TrainState, rows: dict[str, jax.Array]) -> Variant:
-    step, loss = make_step(blue), make_loss(blue)
-    state = jax.tree.map(jnp.copy, state)
-    found = measured(lambda params: loss(params, state.buffers, rows, None)[0], state.params)
-
-    def call() -> jax.Array:
-        nonlocal state
-        state, metrics = step(state, rows)
-        return metrics["loss"]
-
-    return Variant(call, *found)
+def ours(setup: Setup) -> Built:
+    blue = our_blueprint(setup)
+    return package.training_step(blue, rough_state(blue), batch(setup, blue))
 
 
-def bare_jax(name: str, setup: Setup, model: bare_images.Model, params: Any, rows: dict[str, jax.Array]) -> Variant:
-    params, rows = jax.device_put((params.get("network", params), jax.device_get(rows)))
-    params = bare_images.dit_from_model(params) if name == "dit" else params
-    found = measured(lambda params: model.loss(params, rows, model.draw(rows)), params)
-    optimizer = optax.adamw(RATE, **ADAMW)
+def bare_jax(setup: Setup) -> Built:
+    blue = our_blueprint(setup)
+    model, rows, params = bare_model(setup, blue), jax.device_put(batch(setup, blue)), rough_state(blue).params
+    params = jax.tree.map(jnp.copy, jax.device_put(jax.device_get(params.get("network", params))))
+    params = bare_images.dit_from_model(params) if setup.preset.startswith("dit") else params
+    computed = package.measured(lambda params: model.loss(params, rows, model.draw(rows)), params)
+    optimizer = optax.adamw(RATE, **package.ADAMW)
     step, state = bare_images.make_step(model, optimizer), (optimizer.init(params), jax.random.key(0))
 
     def call() -> jax.Array:
@@ -175,23 +151,18 @@ def bare_jax(name: str, setup: Setup, model: bare_images.Model, params: Any, row
         params, state, value = step(params, state, rows)
         return value
 
-    return Variant(call, *found)
+    return Built(call, computed)
 
 
-def pytorch(blue: Blueprint, setup: Setup, params: Any, rows: dict[str, jax.Array], drawn: Any) -> dict[str, Variant]:
-    """With channels first, and last; a transformer has no use for the latter."""
+def pytorch(setup: Setup, channels_last: bool) -> Built:
     import pytorch_images
 
-    variants = {}
-    layouts = {"PyTorch": False} | ({} if setup.preset.startswith("dit") else {"PyTorch, channels last": True})
-    for key, last in layouts.items():
-        model = blue.model(dataclasses.replace(rough_state(blue), params=params))
-        module = pytorch_images.build(model, params)
-        step, loss = pytorch_images.make_step(
-            module, jax.device_get(rows), setup.dtype, RATE, ADAMW, channels_last=last
-        )
-        variants[key] = Variant(step, loss(drawn))
-    return variants
+    blue = our_blueprint(setup)
+    state, rows = rough_state(blue), batch(setup, blue)
+    drawn = jax.device_get(bare_model(setup, blue).draw(jax.device_put(rows)))
+    module = pytorch_images.build(nnx.merge(blue.graphdef, state.params, state.buffers), jax.device_get(state.params))
+    step, loss = pytorch_images.make_step(module, rows, setup.dtype, RATE, package.ADAMW, channels_last=channels_last)
+    return Built(step, {"loss": loss(drawn)})
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ import importlib.metadata
 import math
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
+from workers import Variant
 
 from artifex import models
 from artifex.models.transformer.config import DecoderConfig
@@ -92,7 +94,18 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     options.add_argument("--batch", type=int, help="rows, instead of the setup's")
     options.add_argument("--dtype", choices=["float32", "bfloat16"], help="of compute, instead of the setup's")
     options.add_argument("--no-torch", dest="torch", action="store_false", help="leave out transformers in PyTorch")
+    add_against(options)
     return options
+
+
+def add_against(options: argparse.ArgumentParser) -> None:
+    """The option that `against` reads."""
+    options.add_argument("--against", type=Path, metavar="PATH", help="also ours of another checkout of this project")
+
+
+def against(args: argparse.Namespace, ours: Variant) -> dict[str, Variant]:
+    """Ours once more, by the package of the checkout that was asked for, if one was."""
+    return {f"ours in {args.against}": ours._replace(root=args.against.resolve())} if args.against else {}
 
 
 def chosen(args: argparse.Namespace) -> Setup:

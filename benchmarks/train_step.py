@@ -6,31 +6,21 @@ Before anything is timed, all must compute the same loss, and ours and bare JAX 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import bare
-import interleave
 import jax
 import numpy as np
 import optax
+import ours as package
+import report
 import setups
+import workers
+from workers import Built, Variant
 
-from artifex.config import Config
-from artifex.scaling.plan import Plan
-from artifex.training.state import Blueprint, blueprint
-from artifex.training.step import make_loss, make_step
+from artifex.training.state import Blueprint
 
-ADAMW: dict[str, Any] = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 RATE = 1e-3
-
-
-class Variant(NamedTuple):
-    """A call that makes a step, and what it computed at the common parameters."""
-
-    call: Callable[[], Any]
-    loss: float
-    gradient_norm: float | None = None
 
 
 def main() -> None:
@@ -38,32 +28,32 @@ def main() -> None:
     options.add_argument("--peak", type=float, help="FLOP/s of the device, where it is not among the known ones")
     args = options.parse_args()
     setup = setups.chosen(args)
-    tokens, targets = batch(setup)
 
-    default = our_blueprint(setup, "auto")
-    params = jax.device_get(default.init().params)
     variants = {
-        "ours": ours(default, tokens, targets),
-        "ours, scanned": ours(our_blueprint(setup, 1), tokens, targets),
-        "bare JAX": bare_jax(setup, bare.from_model(params), tokens, targets),
-        "bare JAX, joined": bare_jax(setup, bare.from_model(params, join=True), tokens, targets),
-        "bare JAX, scanned": bare_jax(setup, bare.from_model(params, scan=True), tokens, targets),
+        "ours": Variant(ours, (setup, "auto")),
+        "ours, scanned": Variant(ours, (setup, 1)),
+        "bare JAX": Variant(bare_jax, (setup, {})),
+        "bare JAX, joined": Variant(bare_jax, (setup, {"join": True})),
+        "bare JAX, scanned": Variant(bare_jax, (setup, {"scan": True})),
     }
     if setup.flash:
-        variants["bare JAX, cudnn"] = bare_jax(setup, bare.from_model(params, join=True), tokens, targets, "cudnn")
+        variants["bare JAX, cudnn"] = Variant(bare_jax, (setup, {"join": True}, "cudnn"))
     if args.torch:
-        variants["PyTorch"] = pytorch(setup, bare.from_model(params, join=True), tokens, targets)
-    check_equal(variants, 1e-5 if setup.dtype == "float32" else 2e-2)
+        variants["PyTorch"] = Variant(pytorch, (setup,))
+    variants |= setups.against(args, variants["ours"])
+    with workers.started(variants) as all_workers:
+        report.check_equal(all_workers, 1e-5 if setup.dtype == "float32" else 2e-2)
+        seconds = workers.in_turn(all_workers, args.rounds)
 
-    seconds = interleave.interleave({name: variant.call for name, variant in variants.items()}, args.rounds)
-    print(interleave.table(seconds, tokens.size, "tokens"))
-    fastest = interleave.best(seconds, "bare JAX")
-    rivals = [fastest, *(["PyTorch"] if args.torch else [])]
+    tokens = setup.batch * setup.sequence
+    print(report.table(seconds, tokens, "tokens"))
+    others = [name for name in variants if name.startswith(("PyTorch", "ours in"))]
+    rivals = [report.best(seconds, "bare JAX"), *others]
     for rival in rivals:
-        print(interleave.ratio(seconds, "ours", rival))
+        print(report.ratio(seconds, "ours", rival))
     peak = args.peak or setups.known_peak()
     for name in ("ours", *rivals):
-        rate = setup.flops_per_token() * tokens.size / statistics.median(seconds[name])
+        rate = setup.flops_per_token() * tokens / statistics.median(seconds[name])
         part = f", {100 * rate / peak:.1f} % of the device's {peak / 1e12:.0f} TFLOP/s" if peak else ""
         print(f"{name}: {rate / 1e9:,.0f} GFLOP/s by the model's count{part}")
 
@@ -76,49 +66,27 @@ def batch(setup: setups.Setup) -> tuple[np.ndarray, np.ndarray]:
 
 
 def our_blueprint(setup: setups.Setup, unroll: int | str) -> Blueprint:
-    """A run of the package on one device: constant learning rate, no clipping."""
-    optimizer = {
-        "name": "adamw",
-        "beta1": ADAMW["b1"],
-        "beta2": ADAMW["b2"],
-        "eps": ADAMW["eps"],
-        "weight_decay": ADAMW["weight_decay"],
-    }
-    constant = {"learning_rate": RATE, "schedule": "constant", "warmup_steps": 0, "clip_norm": None}
-    config = Config.from_dict(
-        {
-            "model": {"name": setup.preset, **setup.overrides},
-            "data": {"sequence_length": setup.sequence},
-            "training": {"batch_size": setup.batch, "compute_dtype": setup.dtype, "unroll": unroll},
-            "optimizer": optimizer | constant,
-        }
-    )
-    plan = Plan.from_device(config.device, 1)
-    return blueprint(config, plan, plan.make_mesh(jax.devices()[:1]))
+    model, data = {"name": setup.preset, **setup.overrides}, {"sequence_length": setup.sequence}
+    settings = {"batch_size": setup.batch, "compute_dtype": setup.dtype, "unroll": unroll}
+    return package.build(model, data, settings, RATE)
 
 
-def ours(blue: Blueprint, tokens: np.ndarray, targets: np.ndarray) -> Variant:
-    rows = {"tokens": tokens, "targets": targets}
-    rows = jax.device_put(rows, blue.batch_sharding(rows))
-    step, state, loss = make_step(blue), blue.init(), make_loss(blue)
-    found = measured(lambda params: loss(params, state.buffers, rows, None)[0], state.params)
-
-    def call() -> jax.Array:
-        nonlocal state
-        state, metrics = step(state, rows)
-        return metrics["loss"]
-
-    return Variant(call, *found)
+def our_params(setup: setups.Setup) -> Any:
+    """The parameters that every variant begins with, on the host."""
+    return jax.device_get(our_blueprint(setup, "auto").init().params)
 
 
-def bare_jax(
-    setup: setups.Setup, params: Any, tokens: np.ndarray, targets: np.ndarray, attention: str | None = None
-) -> Variant:
-    cfg = setup.decoder
+def ours(setup: setups.Setup, unroll: int | str) -> Built:
+    blue = our_blueprint(setup, unroll)
+    return package.training_step(blue, blue.init(), dict(zip(("tokens", "targets"), batch(setup), strict=True)))
+
+
+def bare_jax(setup: setups.Setup, layout: dict[str, bool], attention: str | None = None) -> Built:
+    cfg, params = setup.decoder, bare.from_model(our_params(setup), **layout)
     loss = bare.make_loss(cfg.num_heads, cfg.per_head, setup.dtype, attention)
-    rows = jax.device_put((tokens, targets))
-    found = measured(lambda params: loss(params, *rows), params)
-    optimizer = optax.adamw(RATE, **ADAMW)
+    rows = jax.device_put(batch(setup))
+    computed = package.measured(lambda params: loss(params, *rows), params)
+    optimizer = optax.adamw(RATE, **package.ADAMW)
     step, state = bare.make_step(loss, optimizer), optimizer.init(params)
 
     def call() -> jax.Array:
@@ -126,32 +94,15 @@ def bare_jax(
         params, state, value = step(params, state, *rows)
         return value
 
-    return Variant(call, *found)
+    return Built(call, computed)
 
 
-def pytorch(setup: setups.Setup, params: Any, tokens: np.ndarray, targets: np.ndarray) -> Variant:
+def pytorch(setup: setups.Setup) -> Built:
     import pytorch
 
-    call = pytorch.make_step(pytorch.build(setup.decoder, params), tokens, targets, setup.dtype, RATE, ADAMW)
-    return Variant(call, call())
-
-
-def measured(loss: Callable[[Any], jax.Array], params: Any) -> tuple[float, float]:
-    """The loss and the norm of its gradient."""
-    value, grads = jax.jit(jax.value_and_grad(loss))(params)
-    return float(value), float(optax.global_norm(grads))
-
-
-def check_equal(variants: dict[str, Variant], tolerance: float) -> None:
-    """Print what each variant computed. Raises `ValueError` where it differs from ours by more than `tolerance`."""
-    wanted = variants["ours"]
-    for name, got in variants.items():
-        norm = "" if got.gradient_norm is None else f", norm of its gradient {got.gradient_norm:.6f}"
-        print(f"{name}: loss {got.loss:.6f}{norm}")
-        for quantity in ("loss", "gradient_norm"):
-            mine, theirs = getattr(wanted, quantity), getattr(got, quantity)
-            if theirs is not None and not abs(theirs - mine) <= tolerance * mine:
-                raise ValueError(f"{quantity} of {name} is {theirs}, ours is {mine}; they do not compute the same")
+    model = pytorch.build(setup.decoder, bare.from_model(our_params(setup), join=True))
+    call = pytorch.make_step(model, *batch(setup), setup.dtype, RATE, package.ADAMW)
+    return Built(call, {"loss": call()})
 
 
 if __name__ == "__main__":

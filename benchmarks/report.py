@@ -1,28 +1,27 @@
-"""Time callables in turn, A B C A B C ..., so that what slows the machine slows all of them; compare their medians."""
+"""What was computed and how long it took, as the benchmarks print it: variants compared by their medians."""
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import jax
+from workers import Worker
 
 
-def interleave(calls: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call in each of `rounds` rounds, after `warmup` rounds that do not count.
+def check_equal(workers: Sequence[Worker], tolerance: float) -> None:
+    """Print what each worker computed. Raises `ValueError` where one differs from the first by more than `tolerance`.
 
-    A call may return JAX arrays, which are waited for; anything else must be finished when it returns.
+    A worker need not have computed everything that the first has.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for index in range(warmup + rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            if index >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+    wanted = workers[0]
+    for worker in workers:
+        print(f"{worker.name}: {', '.join(f'{quantity} {value:.6f}' for quantity, value in worker.computed.items())}")
+        for quantity, value in worker.computed.items():
+            first = wanted.computed[quantity]
+            if not abs(value - first) <= tolerance * first:
+                raise ValueError(
+                    f"{quantity} of {worker.name} is {value}, of {wanted.name} {first}; they do not compute the same"
+                )
 
 
 def best(seconds: Mapping[str, list[float]], prefix: str) -> str:
@@ -31,7 +30,7 @@ def best(seconds: Mapping[str, list[float]], prefix: str) -> str:
 
 
 def table(seconds: Mapping[str, list[float]], work: float, unit: str) -> str:
-    """A row for each call: median and least time, and `work` / median in `unit` a second."""
+    """A row for each variant: median and least time, and `work` / median in `unit` a second."""
     width = max(map(len, seconds))
     rows = [f"{'':{width}}  median ms    min ms  {unit}/s"]
     for name, times in seconds.items():
