@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from artifex.config import Config, DeviceConfig
 from artifex.data.text import load_text
-from artifex.scaling import sharding
+from artifex.scaling import remat, sharding
 from artifex.scaling.axes import ACTIVATION_AXES, WEIGHT_AXES
 from artifex.scaling.mesh_utils import create_device_mesh, setup_mesh
 from artifex.scaling.plan import Plan
@@ -53,6 +53,12 @@ def table(page: str, heading: str, number: int = 0) -> list[list[str]]:
     section = f"\n{(ROOT / page).read_text()}".split(f"\n{heading}\n")[1].split("\n## ")[0]
     rows = re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE)[number].splitlines()[2:]
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
+
+
+def test_the_page_on_memory_names_what_remat_may_keep():
+    assert [cell.strip("`") for cell, _ in table("docs/memory.md", "## Remat by name")] == list(remat.RESIDUALS)
+    shown = {row[0] for row in table("docs/memory.md", "## Remat by name", 1)}
+    assert {remat.canonical(setting) for setting in shown} == shown
 
 
 def on_a_mesh(**strategies):
