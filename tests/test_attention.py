@@ -148,6 +148,20 @@ def test_what_is_chosen_for_one_cpu_device_holds_on_one_alone(platform, devices,
     assert taken == {expected}
 
 
+@pytest.mark.parametrize(("platform", "expected"), [("tpu", "splash"), ("gpu", "blockwise"), ("cpu", "tiles")])
+def test_the_platform_is_the_executions_and_not_that_of_the_machine(platform, expected):
+    with execution(Execution(platform=platform)), recording() as taken:
+        jax.eval_shape(lambda *given: dot_product_attention(*given, causal=True), *arrays())
+    assert taken == {expected}
+
+
+def test_splash_is_refused_where_there_is_no_tpu():
+    with pytest.raises(ValueError, match="attention 'splash' is for TPUs, the platform is 'gpu'"):
+        by_platform = Execution(attention="splash", platform="gpu")
+        with execution(by_platform):
+            dot_product_attention(*arrays())
+
+
 @pytest.mark.parametrize(("heads", "key_heads"), [(8, 4), (8, 2), (8, 1), (3, 3)])
 def test_each_device_computes_its_rows_and_heads_alone(heads, key_heads):
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("rows", "heads"), axis_types=(AxisType.Auto,) * 2)

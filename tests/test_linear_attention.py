@@ -52,7 +52,7 @@ def test_chunks_equal_the_quadratic_form_and_end_in_the_recurrence(length):
     mixed, state = chunks_of(q, k, v, None, None)
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     np.testing.assert_allclose(mixed, quadratic(q, k, v), atol=2e-5)
-    np.testing.assert_allclose(state.sum_BKHV, recurrence(k, v, length), atol=2e-5)
+    np.testing.assert_allclose(state.sum, recurrence(k, v, length), atol=2e-5)
 
 
 def test_gradients_equal_those_of_the_quadratic_form():
@@ -68,8 +68,8 @@ def test_padding_does_not_reach_the_state(valid):
     q, k, v = qkv(20)
     earlier = State(jax.random.normal(jax.random.key(5), (2, 2, 5, 4)))
     padded = chunks_of(q, k.at[:, :, valid:].set(50), v.at[:, :, valid:].set(-50), earlier, jnp.int32(valid))
-    faded = DECAY_K[None, :, None, None] ** valid * np.asarray(earlier.sum_BKHV, np.float64)
-    np.testing.assert_allclose(padded[1].sum_BKHV, faded + recurrence(k, v, valid), atol=5e-5)
+    faded = DECAY_K[None, :, None, None] ** valid * np.asarray(earlier.sum, np.float64)
+    np.testing.assert_allclose(padded[1].sum, faded + recurrence(k, v, valid), atol=5e-5)
     whole = chunks_of(q, k, v, earlier, None)
     np.testing.assert_allclose(padded[0][..., :valid, :], whole[0][..., :valid, :], atol=1e-5)
 
@@ -77,10 +77,10 @@ def test_padding_does_not_reach_the_state(valid):
 def test_a_prompt_and_single_steps_equal_the_whole_sequence():
     layer = LinearAttention(CFG, rngs=nnx.Rngs(0))
     x_BTD = jax.random.normal(jax.random.key(1), (2, 18, 24))
-    step = nnx.jit(lambda layer, x, positions, state, valid: layer(x, positions, state, Place(0, 0, valid)))
+    step = nnx.jit(lambda layer, x, positions, state, valid: layer(x, positions, state, Place(None, 0, valid)))
     whole_BTD, none = nnx.jit(lambda layer, x: layer(x, np.arange(18)))(layer, x_BTD)
     assert none is None
-    state = LinearAttention.empty_cache(CFG, 1, 2, 18, jnp.bfloat16)
+    state = LinearAttention.empty_cache(CFG, None, 2, 18, jnp.bfloat16)
     prompt = x_BTD.at[:, 13:].set(7.0)[:, :16]  # three positions of padding
     y_BTD, state = step(layer, prompt, jnp.arange(16), state, jnp.int32(13))
     parts = [y_BTD[:, :13]]
@@ -116,10 +116,10 @@ def test_the_layer_is_its_equation(positions):
 def test_bfloat16_keeps_a_float32_state_and_stays_near():
     layer, x_BTD = LinearAttention(CFG, rngs=nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (2, 40, 24))
     graphdef, weights = nnx.split(layer)
-    run = jax.jit(lambda weights, x, state: nnx.merge(graphdef, weights)(x, np.arange(40), state, Place(0, 0, 40)))
-    state = LinearAttention.empty_cache(CFG, 1, 2, 40, jnp.float32)
+    run = jax.jit(lambda weights, x, state: nnx.merge(graphdef, weights)(x, np.arange(40), state, Place(None, 0, 40)))
+    state = LinearAttention.empty_cache(CFG, None, 2, 40, jnp.float32)
     exact, _ = run(weights, x_BTD, state)
     rough, after = run(jax.tree.map(lambda a: a.astype(jnp.bfloat16), weights), x_BTD.astype(jnp.bfloat16), state)
-    assert rough.dtype == jnp.bfloat16 and after.sum_LBKHV.dtype == jnp.float32
+    assert rough.dtype == jnp.bfloat16 and after.sum.dtype == jnp.float32
     error = jnp.sqrt(jnp.mean(jnp.square(rough.astype(jnp.float32) - exact)) / jnp.mean(jnp.square(exact)))
     assert float(error) < 0.03

@@ -32,6 +32,15 @@ def compiled(cfg: Config) -> memory.CompiledStep:
     return memory.compile_step(blueprint(cfg, plan, plan.make_mesh()), batch_shapes(cfg))
 
 
+def test_layers_that_are_split_are_gathered_one_at_a_time():
+    model = {**config().model.model_dump(), "num_layers": 8, "embed_dim": 64, "mlp_dim": 512}
+    shape = {"model": model, "device": {"fsdp": 8}}
+    default, scanned, unrolled = (
+        compiled(config(8, **shape, training={"batch_size": 8, "unroll": unroll})).own for unroll in ("auto", 1, 8)
+    )
+    assert default <= scanned < unrolled / 1.5
+
+
 @pytest.fixture(scope="module")
 def step():
     return compiled(config())

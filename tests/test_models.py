@@ -313,7 +313,7 @@ def test_greedy_decoding_on_a_mesh_equals_one_device(model):
 def test_a_layer_with_a_window_caches_no_more():
     model = models.create("gemma2-nano", rngs=nnx.Rngs(0), window=16, num_layers=4, embed_dim=32, vocab_size=61)
     local, everywhere = empty_caches(model, 2, 100)[0]
-    assert local.key_LBKSH.shape[3] == 16 and everywhere.key_LBKSH.shape[3] == 100
+    assert local.key.shape[-2] == 16 and everywhere.key.shape[-2] == 100
 
 
 def test_a_sample_is_a_pure_function_of_its_key(model):

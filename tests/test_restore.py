@@ -12,6 +12,7 @@ from artifex import sample, train
 from artifex.config import Config
 from artifex.models.weights import from_pretrained
 from artifex.scaling.checkpoints import CheckpointError, Checkpoints
+from artifex.scaling.execution import current_execution
 from artifex.scaling.mesh_utils import create_device_mesh
 from artifex.scaling.plan import Plan
 from artifex.scaling.sharding import DataParallelStrategy, FSDPStrategy, TensorParallelStrategy, combine
@@ -155,3 +156,28 @@ def test_a_damaged_step_is_skipped_or_named(run, saved, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         sample.main([str(tmp_path / "run"), "--prompt", "a"])
     assert stop.value.code == 1 and "is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["", "weights"])
+def test_samples_on_a_mesh_are_those_of_one_device(run, part, capsys):
+    path = str(run[0] / part)
+    texts = []
+    for mesh in ([], ["--mesh", "fsdp=2,tensor=4"]):
+        sample.main([path, "--num-tokens", "6", "--num-samples", "3", "--temperature", "0", "--prompt", "one", *mesh])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and texts[0].count("--- sample") == 3
+    for mesh, message in (("fsdp", "is no list of axes"), ("fsdp=16", "needs 16 devices"), ("width=8", "width")):
+        with pytest.raises(SystemExit):
+            sample.main([path, "--mesh", mesh])
+        assert message in capsys.readouterr().err
+
+
+def test_a_restored_run_runs_by_its_mesh_and_the_model_in_hand(run):
+    restored = artifex.restore(run[0], mesh={"data": 8})
+    draw = lambda model: model.sample(  # noqa: E731
+        jax.random.key(0), prompt=np.full((8, 3), 97), num_tokens=4, temperature=0
+    )
+    np.testing.assert_array_equal(restored.run(draw), draw(restored.model))
+    assert restored.run(lambda _: current_execution().mesh.shape) == {"data": 8}
+    restored.model.norm.scale[...] *= 0  # no logit differs: every token is the first
+    assert (np.asarray(restored.run(draw)) == 0).all()

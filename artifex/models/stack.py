@@ -48,18 +48,19 @@ def run_stack(blocks: nnx.Module, x: Any, num_layers: int, apply: Callable, per_
     return jax.lax.scan(body, x, layers, unroll=cpu.layers_at_once(num_layers))
 
 
-def stack_states(make: Callable[[int], Any], num_layers: int) -> Any:
-    """States for `stack_with_state`: `make(count)` is a tree of arrays with a leading dim of `count` layers."""
-    return [make(1) for _ in range(num_layers)] if _unrolled(num_layers) else make(num_layers)
+def stack_states(make: Callable[[int | None], Any], num_layers: int) -> Any:
+    """States for `stack_with_state`: `make(count)` is a tree of arrays with a leading dim of `count` layers,
+    `make(None)` one without that dim, of one layer."""
+    return [make(None) for _ in range(num_layers)] if _unrolled(num_layers) else make(num_layers)
 
 
 def stack_with_state(blocks: nnx.Module, num_layers: int, apply: Callable) -> Callable[..., tuple[Any, Any]]:
     """`run(x, states, *rest) -> (x, states)` through all blocks, for loops that run them often, such as decoding.
 
-    `x, states = apply(block, x, states, layer, *rest)` for each, which reads and writes its own at index `layer` of
-    the leading dim, in place. Scanned, all layers have one tree of states. Unrolled, each has its own and an index 0,
-    and its parameters are cut out of the stack before the loop: on one CPU device that costs their bytes once more and
-    saves cutting them out for every token.
+    `x, states = apply(block, x, states, layer, *rest)` for each, which reads and writes its own in place. Scanned, all
+    layers have one tree of states, and `layer` is the index of the leading dim. Unrolled, each has its own, `layer` is
+    None, and parameters are cut out of the stack before the loop: on one CPU device that costs their bytes once more
+    and saves cutting them out for every token. A leading dim of 1 in place of none would have XLA copy the state there.
     """
     if _unrolled(num_layers):
         each = unstack(blocks, num_layers)
@@ -67,7 +68,7 @@ def stack_with_state(blocks: nnx.Module, num_layers: int, apply: Callable) -> Ca
         def run(x: Any, states: list, *rest: Any) -> tuple[Any, list]:
             after = []
             for block, state in zip(each, states, strict=True):
-                x, state = apply(block, x, state, 0, *rest)
+                x, state = apply(block, x, state, None, *rest)
                 after.append(state)
             return x, after
 

@@ -24,52 +24,57 @@ from artifex.scaling import axes
 class Place(NamedTuple):
     """Where tokens that are being decoded stand.
 
-    `layer` says whose part of a cache is theirs, `start` their first position: 0 as a number for a prompt, else that of
-    one token. The first `valid` of them are no padding.
+    `layer` says whose part of a cache is theirs, None where it is theirs alone; `start` their first position: 0 as a
+    number for a prompt, else that of one token. The first `valid` of them are no padding.
     """
 
-    layer: int | jax.Array
+    layer: jax.Array | None
     start: int | jax.Array
     valid: int | jax.Array
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions seen so far, of L layers. Position p is in row p % S: of more than S positions
-    the newest S are kept, which is all that a window of S sees."""
+    """Keys and values of the positions seen so far, of one layer (B, K, S, H) or of several (L, B, K, S, H).
 
-    key_LBKSH: jax.Array  # heads before positions: a step reads it as it lies, in half the time for 8 rows on a CPU
-    value_LBKSH: jax.Array
+    Position p is in row p % S: of more than S positions the newest S are kept, which is all that a window of S sees.
+    """
+
+    key: jax.Array  # heads before positions: a step reads it as it lies, in half the time for 8 rows on a CPU
+    value: jax.Array
 
     def write(self, key_BTKH: jax.Array, value_BTKH: jax.Array, at: Place) -> Cache:
         """The cache with these positions filled in, in place."""
-        return Cache(_put(self.key_LBKSH, key_BTKH, at), _put(self.value_LBKSH, value_BTKH, at)).sharded()
+        return Cache(_put(self.key, key_BTKH, at), _put(self.value, value_BTKH, at)).sharded()
 
-    def read(self, layer: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+    def read(self, layer: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Keys and values (B, K, S, H) of a layer."""
+        if layer is None:
+            return self.key, self.value
         take = jax.lax.dynamic_index_in_dim
-        return take(self.key_LBKSH, layer, keepdims=False), take(self.value_LBKSH, layer, keepdims=False)
+        return take(self.key, layer, keepdims=False), take(self.value, layer, keepdims=False)
 
     def seen(self, position: jax.Array | int) -> jax.Array:
-        """(1, S): which rows hold positions up to `position`, the newest one."""
-        row_S = jnp.arange(self.key_LBKSH.shape[3])
-        return ((position - row_S) % row_S.size <= position)[None]
+        """(1, S): which rows hold positions up to `position`, the newest one; from S on all of them do."""
+        return (jnp.arange(self.key.shape[-2]) <= position)[None]
 
     def sharded(self) -> Cache:
         """Laid out by the names of its dims."""
-        names = (None, "batch", "act_kv_heads", None, None)
-        return Cache(axes.shard(self.key_LBKSH, *names), axes.shard(self.value_LBKSH, *names))
+        names = (None,) * (self.key.ndim - 4) + ("batch", "act_kv_heads", None, None)
+        return Cache(axes.shard(self.key, *names), axes.shard(self.value, *names))
 
 
-def _put(rows_LBKSH: jax.Array, new_BTKH: jax.Array, at: Place) -> jax.Array:
-    """`rows_LBKSH` with the positions from `at.start` on replaced."""
-    S, T = rows_LBKSH.shape[3], new_BTKH.shape[1]
+def _put(rows: jax.Array, new_BTKH: jax.Array, at: Place) -> jax.Array:
+    """`rows`, of one layer or several, with the positions from `at.start` on replaced."""
+    S, T = rows.shape[-2], new_BTKH.shape[1]
     first = at.start % S
     if T > S:  # of a prompt beyond the window, the newest valid ones; a row before all of them is hidden by `seen`
         row_S = jnp.arange(S)
         kept_S = at.valid - 1 - (at.valid - 1 - row_S) % S
         new_BTKH, first = jnp.take(new_BTKH, jnp.maximum(kept_S, 0), axis=1), 0
-    new_LBKTH = new_BTKH.swapaxes(1, 2)[None].astype(rows_LBKSH.dtype)
-    return jax.lax.dynamic_update_slice(rows_LBKSH, new_LBKTH, (at.layer, 0, 0, first, 0))
+    new_BKTH = new_BTKH.swapaxes(1, 2).astype(rows.dtype)
+    if at.layer is None:
+        return jax.lax.dynamic_update_slice_in_dim(rows, new_BKTH, first, 2)
+    return jax.lax.dynamic_update_slice(rows, new_BKTH[None], (at.layer, 0, 0, first, 0))
 
 
 def projections(cfg: DecoderConfig, rngs: nnx.Rngs) -> tuple[layers.Linear, ...]:
@@ -102,11 +107,12 @@ class Attention(nnx.Module):
 
     @staticmethod
     def empty_cache(
-        cfg: DecoderConfig, layers: int, batch: int, length: int, dtype: jnp.dtype, window: int | None = None
+        cfg: DecoderConfig, layers: int | None, batch: int, length: int, dtype: jnp.dtype, window: int | None = None
     ) -> Cache:
-        """Room for `length` positions of so many layers, or for the `window` newest of them."""
+        """Room for `length` positions of one layer, or of so many, or for the `window` newest of them."""
         rows = length if window is None else min(window, length)
-        zeros = jnp.zeros((layers, batch, cfg.kv_heads, rows, cfg.per_head), dtype)
+        shape = (batch, cfg.kv_heads, rows, cfg.per_head)
+        zeros = jnp.zeros(shape if layers is None else (layers, *shape), dtype)
         return Cache(zeros, zeros).sharded()
 
     def __call__(

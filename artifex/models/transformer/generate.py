@@ -108,7 +108,7 @@ def empty_caches(model: Decoder, batch: int, length: int) -> Any:
     cfg, dtype = model.cfg, model.embed.table[...].dtype
     kind = LinearAttention if cfg.attention == "linear" else Attention
 
-    def make(layers: int) -> Any:
+    def make(layers: int | None) -> Any:
         caches = [kind.empty_cache(cfg, layers, batch, length, dtype, window) for window in cfg.windows]
         return caches if len(caches) > 1 else caches[0]
 
@@ -119,7 +119,7 @@ def decode(
     block: Any,
     x_BTD: jax.Array,
     caches: Any,
-    layer: int | jax.Array,
+    layer: jax.Array | None,
     positions_T: jax.Array,
     start: int | jax.Array,
     valid: int | jax.Array,

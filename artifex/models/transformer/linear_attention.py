@@ -23,19 +23,15 @@ CHUNK = 64  # positions that see each other by scores; longer ones grow quadrati
 
 
 class State(NamedTuple):
-    """The sum of key-value products of the positions seen so far, each decayed by its age, in float32."""
+    """The sum of key-value products of the positions seen so far, each decayed by its age, in float32: (B, K, H, V) of
+    one layer, or (L, B, K, H, V) of several."""
 
-    sum_BKHV: jax.Array
+    sum: jax.Array
 
-
-class States(NamedTuple):
-    """The states of `L` layers."""
-
-    sum_LBKHV: jax.Array
-
-    def sharded(self) -> States:
-        """Laid out by their names."""
-        return States(axes.shard(self.sum_LBKHV, None, "batch", "act_kv_heads", None, None))
+    def sharded(self) -> State:
+        """Laid out by the names of its dims."""
+        names = (None,) * (self.sum.ndim - 4) + ("batch", "act_kv_heads", None, None)
+        return State(axes.shard(self.sum, *names))
 
 
 class LinearAttention(nnx.Module):
@@ -53,20 +49,24 @@ class LinearAttention(nnx.Module):
 
     @staticmethod
     def empty_cache(
-        cfg: DecoderConfig, layers: int, batch: int, length: int, dtype: jnp.dtype, window: int | None = None
-    ) -> States:
-        """The states before the first position; of one size and dtype whatever `length`, `dtype` and `window` are."""
-        return States(jnp.zeros((layers, batch, cfg.kv_heads, cfg.per_head, cfg.per_head), jnp.float32)).sharded()
+        cfg: DecoderConfig, layers: int | None, batch: int, length: int, dtype: jnp.dtype, window: int | None = None
+    ) -> State:
+        """The state before the first position, of one layer or of so many; of one size and dtype whatever `length`,
+        `dtype` and `window` are."""
+        shape = (batch, cfg.kv_heads, cfg.per_head, cfg.per_head)
+        return State(jnp.zeros(shape if layers is None else (layers, *shape), jnp.float32)).sharded()
 
     def __call__(
-        self, x_BTD: jax.Array, positions_T: jax.Array | np.ndarray, cache: States | None = None, at: Any = None
-    ) -> tuple[jax.Array, States | None]:
+        self, x_BTD: jax.Array, positions_T: jax.Array | np.ndarray, cache: State | None = None, at: Any = None
+    ) -> tuple[jax.Array, State | None]:
         """Attend within x, or, with a cache, go on from the state of its layer `at.layer`.
 
         The first `at.valid` positions of x enter the new state; what follows is padding, which a state, unlike rows of
         a cache, could not overwrite later.
         """
-        state = None if cache is None or at is None else State(cache.sum_LBKHV[at.layer])
+        state = cache
+        if cache is not None and at is not None and at.layer is not None:
+            state = State(cache.sum[at.layer])
         query_BTNH, key_BTKH, value_BTKH = self.project(x_BTD, positions_T)
         query_BTKGH = query_BTNH.reshape(*key_BTKH.shape[:3], -1, self.cfg.per_head)
         mixed_BKGTH, state = chunked(
@@ -83,7 +83,9 @@ class LinearAttention(nnx.Module):
         y_BTD = self.out(axes.shard(mixed_BTNH, "batch", "sequence", "act_heads", None))
         if cache is None or at is None:
             return y_BTD, None
-        return y_BTD, States(cache.sum_LBKHV.at[at.layer].set(state.sum_BKHV)).sharded()
+        if at.layer is not None:
+            state = State(cache.sum.at[at.layer].set(state.sum))
+        return y_BTD, state.sharded()
 
     def project(self, x_BTD: jax.Array, positions_T: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries (B, T, N, H) and keys (B, T, K, H), mapped by f and turned if the model is rotary, and values."""
@@ -148,7 +150,7 @@ def chunked(
     weighted_BKLCH = key_BKLCH.astype(jnp.float32) * weight_KLC[None, ..., None]
     added_BKLHV = jnp.einsum("BKLCH,BKLCV->BKLHV", weighted_BKLCH, value_BKLCV.astype(jnp.float32))
     faded_KL = jnp.exp(_per_head(log_K, 1) * count_L.astype(jnp.float32)[None])
-    first_BKHV = jnp.zeros_like(added_BKLHV[:, :, 0]) if state is None else state.sum_BKHV
+    first_BKHV = jnp.zeros_like(added_BKLHV[:, :, 0]) if state is None else state.sum
 
     def step(sum_BKHV: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         added_BKHV, faded_K = chunk
