@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import pathlib
@@ -104,13 +105,12 @@ def devices_of(target: str) -> list:
     kind, _, shape = target.partition(":")
     if kind != "h100":
         return list(topologies.get_topology_desc(platform="tpu", topology_name=target).devices)
-    from jax._src.lib import xla_client
-
+    # by name: neither is part of JAX's interface, and the plugin need not be there
+    xla_client = importlib.import_module("jax._src.lib").xla_client
     try:
-        import jax_plugins.xla_cuda13 as plugin
+        plugin = importlib.import_module("jax_plugins.xla_cuda13")
     except ImportError:
-        import jax_plugins.xla_cuda12 as plugin
-
+        plugin = importlib.import_module("jax_plugins.xla_cuda12")
     library = str(pathlib.Path(plugin.__file__ or "").parent / "xla_cuda_plugin.so")
     with contextlib.suppress(Exception):  # without a driver it raises, and is loaded all the same
         plugin.initialize()

@@ -166,7 +166,11 @@ def test_samples_on_a_mesh_are_those_of_one_device(run, part, capsys):
         sample.main([path, "--num-tokens", "6", "--num-samples", "3", "--temperature", "0", "--prompt", "one", *mesh])
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] and texts[0].count("--- sample") == 3
-    for mesh, message in (("fsdp", "is no list of axes"), ("fsdp=16", "Number of devices 8 must equal"), ("width=8", "width")):
+    for mesh, message in (
+        ("fsdp", "is no list of axes"),
+        ("fsdp=16", "Number of devices 8 must equal"),
+        ("width=8", "width"),
+    ):
         with pytest.raises(SystemExit):
             sample.main([path, "--mesh", mesh])
         assert message in capsys.readouterr().err
