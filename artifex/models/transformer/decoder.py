@@ -122,12 +122,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Logits (B, T, V), float32. Raises `ValueError` for sequences longer than the model's."""
-        return self.logits_and_aux(tokens_BT, rngs)[0]
-
-    def logits_and_aux(self, tokens_BT: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, Aux]:
-        """Logits (B, T, V), and the means over all layers of what their experts report."""
-        x_BTD, aux = self.stream_and_aux(tokens_BT, rngs)
-        return self.read_out(x_BTD), aux
+        return self.read_out(self.stream_and_aux(tokens_BT, rngs)[0])
 
     def stream_and_aux(self, tokens_BT: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, Aux]:
         """The stream (B, T, D) that the head reads, and the means over all layers of what their experts report."""
