@@ -37,7 +37,7 @@ def _draw(args: argparse.Namespace) -> None:
     from artifex.training.memory import explained
 
     with explained("out of memory; draw fewer at once with --num-samples"):
-        loaded = load(args.path, args.step, mesh=args.mesh and _sizes(args.mesh))
+        loaded = load_to_run(args.path, args.step, mesh=args.mesh and _sizes(args.mesh))
         cfg, given = loaded.model.cfg, {name: value for name, value in vars(args).items() if value is not None}
         wrong = [name for name in (IMAGES if cfg.reads == "text" else TEXT) if name in given]
         if wrong:
@@ -91,7 +91,7 @@ def sample(path: str | Path, prompt: str | None = None, *, step: int | None = No
     `prompt` None is that of the run's own samples, or a newline where the folder names none. `how` is that of
     `continuations`. Raises `ValueError` or `FileNotFoundError` for what cannot be sampled.
     """
-    loaded = load(path, step)
+    loaded = load_to_run(path, step)
     if (reads := loaded.model.cfg.reads) != "text":
         raise ValueError(f"{path} holds a model of {reads}; load it and call model.sample(key, count=...)")
     return loaded.run(lambda model: continuations(path, model, prompt, **how))
@@ -205,14 +205,22 @@ def rows_of(
     return np.asarray(images), chosen
 
 
-def load(path: str | Path, step: int | None = None, *, mesh: Mapping[str, int] | None = None) -> Runner:
-    """The model of a run folder (its average of weights where it keeps one) or of a folder of weights, and how it runs:
-    `load(path).run(lambda model: model.sample(...))`.
+def load(path: str | Path, step: int | None = None) -> Any:
+    """The model of a run folder (its average of weights where it keeps one), in its compute dtype, or of a folder of
+    weights, in float32; on one device.
 
-    On one device, or on a mesh of such sizes, `{"fsdp": 4, "tensor": 2}`; of a run in its compute dtype. Of a run,
-    `step` None is the newest that is whole; one that is damaged is named on stderr. Raises `FileNotFoundError` and
-    `ValueError` for what holds neither, a step that is not there and a mesh that does not fit, `CheckpointError` where
+    Of a run, `step` None is the newest that is whole; one that is damaged is named on stderr. Raises
+    `FileNotFoundError` and `ValueError` for what holds neither and a step that is not there, `CheckpointError` where
     none is whole.
+    """
+    return load_to_run(path, step).model
+
+
+def load_to_run(path: str | Path, step: int | None = None, *, mesh: Mapping[str, int] | None = None) -> Runner:
+    """The model of `load` and how it runs: `load_to_run(path).run(lambda model: model.sample(...))`.
+
+    On one device, or on a mesh of such sizes, `{"fsdp": 4, "tensor": 2}`; of a run in its compute dtype. Raises as
+    `load`, and `ValueError` for a mesh that does not fit.
     """
     from artifex.training.restore import pretrained_model, restore_model
 

@@ -71,7 +71,7 @@ def test_what_was_tuned_goes_back_with_its_tokenizer(walked):
     prompt = "one line of text"
     ids = transformers.AutoTokenizer.from_pretrained(walked / "tuned")(prompt)["input_ids"]
     assert ids == load_tokenizer(walked / "llama" / "tokenizer.json").encode(prompt).tolist()
-    ours = sample.load(walked / "runs/llama").model
+    ours = sample.load(walked / "runs/llama")
     with torch.no_grad():
         wanted = theirs(torch.tensor([ids])).logits.numpy()
     np.testing.assert_allclose(jax.device_get(ours(np.array([ids]))), wanted, rtol=1e-3, atol=1e-4)

@@ -117,7 +117,7 @@ def test_resuming_is_bitwise_with_a_codebook_that_no_gradient_reaches(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, whole.buffers, parts.buffers)
     jax.tree.map(np.testing.assert_array_equal, whole.ema_buffers, parts.ema_buffers)
     # what samples, from the run or its weights, has the averages: of the encoder, and of the codebook that fits it
-    for found in (sample.load(tmp_path / "parts").model, from_pretrained(tmp_path / "parts" / "weights")):
+    for found in (sample.load(tmp_path / "parts"), from_pretrained(tmp_path / "parts" / "weights")):
         tree = nnx.to_pure_dict(nnx.state(found))
         np.testing.assert_array_equal(tree["quantizer"]["sums"], whole.ema_buffers["quantizer"]["sums"])
         np.testing.assert_array_equal(tree["project"]["kernel"], whole.ema["project"]["kernel"])
@@ -130,7 +130,7 @@ def test_the_frozen_autoencoder_is_the_trained_one_and_stays_it(kl, tmp_path):
     trained = nnx.to_pure_dict(nnx.state(from_pretrained(kl / "weights")))
     assert jax.tree.structure(frozen) == jax.tree.structure(trained)
     jax.tree.map(np.testing.assert_array_equal, frozen, trained)
-    drawn = sample.load(folder).run(lambda model: model.sample(jax.random.key(0), count=3))
+    drawn = sample.load(folder).sample(jax.random.key(0), count=3)
     assert drawn.shape == (3, 8, 8, 1)
 
 
@@ -151,7 +151,7 @@ def test_a_latent_run_measures_shift_and_scale_of_its_training_images_and_keeps_
     train.train(cfg, folder)
     assert "latents of" not in capsys.readouterr().out
     for path in (folder, folder / "weights"):
-        assert sample.load(path).model.autoencoder.cfg == ran
+        assert sample.load(path).autoencoder.cfg == ran
     saved = from_pretrained(folder / "weights")
     encoded = nnx.jit(lambda model, x: model.encode(x, jax.random.key(0)))(saved, images)
     assert abs(float(encoded.mean())) < 0.02 and abs(float(encoded.std()) - 1) < 0.02

@@ -16,7 +16,7 @@ from flax import nnx
 from artifex.models import cpu, layers
 from artifex.models.batch import check_text
 from artifex.models.cross_entropy import cross_entropy, read_logits
-from artifex.models.stack import run_stack, stack
+from artifex.models.stack import run_stack, stack, unstack
 from artifex.models.transformer.attention import Attention, Place
 from artifex.models.transformer.config import DecoderConfig
 from artifex.models.transformer.feed_forward import dense
@@ -59,7 +59,7 @@ class Block(nnx.Module):
         mixed_BTD, aux = self.feed_forward(self.mlp_norm(x_BTD), decoding=at is not None)
         return self.add(x_BTD, mixed_BTD, self.mlp_post_norm, keys[1]), cache, aux
 
-    def feed_forward(self, x_BTD: jax.Array, *, decoding: bool) -> tuple[jax.Array, Aux]:
+    def feed_forward(self, x_BTD: jax.Array, *, decoding: bool = False) -> tuple[jax.Array, Aux]:
         """The dense layer, or the mixture of experts and its report; decoding, experts take every token, because a
         capacity would be shared with the padding of other prompts."""
         return self.moe(x_BTD, dropless=decoding) if self.mlp is None else (self.mlp(x_BTD), {})
@@ -145,6 +145,11 @@ class Decoder(nnx.Module):
             return x_BTD, aux
 
         return run_stack(self.layers, x_BTD, self.cfg.num_groups, apply, keys_L)
+
+    def blocks(self) -> list[Block]:
+        """The blocks one by one, in the order in which they run: for looking at what each does."""
+        repeats: list[Any] = unstack(self.layers, self.cfg.num_groups)
+        return [block for one in repeats for block in (one.blocks if isinstance(one, Group) else [one])]
 
     def embed_tokens(
         self, tokens_BT: jax.Array, positions_T: jax.Array | np.ndarray, key: jax.Array | None = None
