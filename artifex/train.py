@@ -105,6 +105,7 @@ def open_run(config: Config, run_dir: str | Path, *, start_anew: bool = False) -
     # configuration -> plan -> mesh: wrong sizes fail here, before data is read
     plan = plan_of(config, jax.device_count())
     mesh = plan.make_mesh()
+    plan.execution(mesh)  # refuses what its devices cannot do
     # what is in the folder, and whether this run is the one in it
     folder = RunFolder(run_dir)
     config = as_known(config, folder.config)

@@ -10,8 +10,10 @@ import pytest
 from flax import nnx
 
 from artifex import models
+from artifex.config import Config
 from artifex.scaling import remat
 from artifex.scaling.execution import Execution, execution
+from artifex.train import train
 
 SMALL = {"num_layers": 2, "embed_dim": 32, "num_heads": 2, "num_kv_heads": 2, "mlp_dim": 64, "sequence_length": 16}
 NAMED = ["qkv=keep", "attention=keep", "hidden=keep", "qkv=keep,attention=keep,hidden=keep"]
@@ -52,6 +54,13 @@ def test_a_cpu_has_no_host_to_offload_to():
     with pytest.raises(ValueError, match="remat offloads 'block' to the host, but the devices are CPUs"):
         Execution(remat="block=offload", platform="cpu")
     assert Execution(remat="block=offload", platform="tpu").remat == "block=offload"
+
+
+def test_a_run_that_cannot_offload_is_refused_before_data_is_read(tmp_path):
+    config = Config.from_dict({"data": {"source": "nowhere"}, "training": {"remat": {"block": "offload"}}})
+    with pytest.raises(ValueError, match="remat offloads 'block'"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def gradient(model, setting, platform="cpu"):
