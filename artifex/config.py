@@ -112,9 +112,10 @@ class TrainingConfig(Section):
     gradient_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of gradients as microbatches add them up and the optimizer takes them"
     )
-    reduce_dtype: Literal["float32", "bfloat16"] | None = Field(
+    reduce_dtype: Literal["float32"] | None = Field(
         default=None,
-        description="of sums of products across devices; none leaves it to the compiler, which takes compute_dtype",
+        description="of sums across devices of the products of linear maps and of the head; none leaves it to the "
+        "compiler, which takes compute_dtype",
     )
     remat: str = Field(
         default="none",

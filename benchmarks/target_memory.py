@@ -3,9 +3,8 @@
     python benchmarks/target_memory.py v5e:4x4 llama3.2-1b --mesh fsdp=16 --batch 64 --sequence 2048
     python benchmarks/target_memory.py h100:2x8 llama3-8b --mesh fsdp=4,tensor=4 --batch 64 --sequence 2048
 
-Nothing runs. For TPUs `pip install libtpu`; for GPUs `pip install jax-cuda12-plugin jax-cuda12-pjrt` (or 13) of the
-version of jax, and wheels of NVIDIA for cuDNN. A slice is named as JAX names it; of GPUs "h100:HOSTSxGPUS". One compile
-a process.
+Nothing runs. `pip install -e '.[tpu]'` brings the compiler for TPUs, `'.[cuda13]'` that for GPUs. A slice is named as
+JAX names it; of GPUs "h100:HOSTSxGPUS". One compile a process.
 """
 
 from __future__ import annotations

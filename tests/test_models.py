@@ -12,6 +12,7 @@ from flax import nnx
 
 from artifex import models
 from artifex.models import layers
+from artifex.models.attention import recording
 from artifex.models.transformer.generate import empty_caches, pick
 from artifex.optim import inputs_of
 from artifex.scaling.execution import Execution, execution
@@ -305,8 +306,10 @@ def test_greedy_decoding_on_a_mesh_equals_one_device(model):
     prompt = ids((3, 33))  # rows that do not divide, and more positions than a window
     draw = lambda: model.sample(jax.random.key(0), prompt=prompt, num_tokens=6, temperature=0)  # noqa: E731
     mesh = create_device_mesh((2, 4), ("fsdp", "tensor"))
-    with execution(Execution(rules=combine(strategies_for(mesh.axis_names)), mesh=mesh)):  # layers scanned
+    how = Execution(rules=combine(strategies_for(mesh.axis_names)), mesh=mesh)
+    with execution(how), recording() as taken:  # layers scanned
         found = draw()
+    assert taken == (set() if model.cfg.attention == "linear" else {"blockwise"})  # the prompt's
     np.testing.assert_array_equal(found, draw())
 
 

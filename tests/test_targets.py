@@ -14,8 +14,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 GPU = pytest.mark.skipif(
-    importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda12") is None,
-    reason="needs jax-cuda12-plugin",
+    importlib.util.find_spec("jax_plugins") is None
+    or not any(importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13)),
+    reason="needs jax-cuda13-plugin",
 )
 pytestmark = pytest.mark.slow
 
@@ -46,10 +47,11 @@ def test_8b_fits_on_16_chips_of_16_gib():
 
 
 @TPU
-def test_muon_needs_little_more_than_adamw():
+def test_muon_and_adafactor_need_little_more_than_adamw():
     shape = ("v5e:4x4", "llama3.2-1b", *of(8_192, 2_048))
-    adamw, muon = (compiled(*shape, "--optimizer", name)["temporary_GiB"] for name in ("adamw", "muon"))
-    assert muon < adamw + 0.6
+    names = ("adamw", "muon", "adafactor")
+    adamw, *others = (compiled(*shape, "--optimizer", name)["temporary_GiB"] for name in names)
+    assert max(others) < adamw + 0.6, others
 
 
 @TPU
@@ -103,14 +105,13 @@ def test_nothing_in_the_program_grows_with_t_x_t_or_t_x_v(target, model, length,
 
 
 @GPU
-def test_compiling_and_tracing_do_not_grow_with_depth():
-    def layers(count):
-        return "--set", json.dumps({"model": {"num_layers": count}})
-
-    shallow, deep = (compiled("h100:2x8", "llama3-8b", *of(8_192, 2_048), *layers(count)) for count in (8, 80))
-    assert deep["compile_s"] <= 1.3 * shallow["compile_s"] + 2  # seconds: two compiles never take the same
-    large = compiled("h100:128x8", "llama3-70b", "--mesh", "fsdp=128,tensor=8", "--batch", "1024")
-    assert large["lowering_s"] < 5
+def test_a_program_of_80_layers_is_as_long_as_one_of_8(tmp_path):
+    lengths = []
+    for count in (8, 80):
+        text, layers = tmp_path / str(count), json.dumps({"model": {"num_layers": count}})
+        compiled("h100:2x8", "llama3-8b", *of(8_192, 2_048), "--set", layers, "--text", str(text))
+        lengths.append(len(text.read_text().splitlines()))
+    assert lengths[1] < 1.05 * lengths[0]
 
 
 @GPU

@@ -15,7 +15,7 @@ from artifex.scaling.execution import current_execution
 
 UNROLL_UP_TO = 16  # layers: unrolled a step takes a tenth less time than scanned, but its compile time grows with depth
 JOIN_FROM = 64  # rows from which one product of joined kernels pays, by 21 %; for 8 it costs a tenth of decoding
-TILES_BELOW = 2_048  # keys: with gradients blocks take 2.1 of the time of tiles at 256, 0.85 at 2,048, 0.67 at 4,096
+TILES_BELOW = 2_048  # keys: with gradients blocks take 2.2 of the time of tiles at 256, 0.85 at 2,048, 0.67 at 4,096
 ATTENTION_BLOCK = 256  # queries and keys of a block: at 2,048 five sixths of the time of 512
 CONSTANT_POSITIONS = 2**15  # up to here sines and cosines are constants: XLA computes others again in every loop
 EXPERT_ROWS = 128  # rows that one expert multiplies at a time, at most: `ragged_dot` computes every expert on every row

@@ -150,8 +150,7 @@ class Attention(nnx.Module):
             query_BTNH, key_BTKH = self.query_norm(query_BTNH), self.key_norm(key_BTKH)
         if self.cfg.positions == "rope":
             query_BTNH, key_BTKH = self.turn(query_BTNH, positions_T), self.turn(key_BTKH, positions_T)
-        names = ("qkv",) * 3
-        return tuple(map(checkpoint_name, (query_BTNH, key_BTKH, value_BTKH), names))
+        return tuple(checkpoint_name(x, "qkv") for x in (query_BTNH, key_BTKH, value_BTKH))
 
     def turn(self, x: jax.Array, positions_T: jax.Array | np.ndarray) -> jax.Array:
         """Rotary positions on (B, T, ..., H)."""
