@@ -13,11 +13,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-GPU = pytest.mark.skipif(
-    importlib.util.find_spec("jax_plugins") is None
-    or not any(importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13)),
-    reason="needs jax-cuda13-plugin",
-)
+GPU = pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs jax-cuda13-plugin")
 pytestmark = pytest.mark.slow
 
 
