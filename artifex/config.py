@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from artifex.config_device import DeviceConfig
 from artifex.config_io import (
     ConfigError,
     ConfigTypeError,
@@ -23,11 +24,9 @@ from artifex.config_io import (
     shown,
     write_mapping,
 )
-from artifex.config_model import MAX_INT, ModelConfig
-from artifex.config_section import Section
+from artifex.config_model import ModelConfig
+from artifex.config_section import Int, Section
 from artifex.scaling.remat import canonical
-
-Int = Annotated[int, Field(le=MAX_INT)]
 
 
 class DataConfig(Section):
@@ -224,64 +223,6 @@ class LoggingConfig(Section):
 
     every: Int = Field(default=10, ge=1, description="steps from one line of metrics to the next, at least 1")
     progress: bool = Field(default=True, description="show a progress bar")
-
-
-class DeviceConfig(Section):
-    """How the run is spread: a mesh shape, or the size of each strategy, or (by default) whatever the devices allow.
-
-    A `mesh_shape` that is no list or tuple of integers raises `ConfigTypeError`, which is a `TypeError`.
-    """
-
-    mesh_shape: tuple[int, int] | None = Field(
-        default=None,
-        description="(batch, model): devices that divide the batch, and the model; their product is the device count",
-    )
-    auto_detect_mesh: bool = Field(
-        default=True, description="without mesh_shape and sizes, choose a mesh for the devices present"
-    )
-    data: Int = Field(
-        default=1, description="devices that divide the batch, each with the whole model; 1 is off, -1 takes the rest"
-    )
-    fsdp: Int = Field(
-        default=1, description="devices that divide batch, weights and optimizer; 1 is off, -1 takes the rest"
-    )
-    tensor: Int = Field(
-        default=1, description="devices that divide heads and feed-forward layers; 1 is off, -1 takes the rest"
-    )
-    fsdp_min_weight_size: Int = Field(
-        default=0, ge=0, description="elements: fsdp leaves a weight whole of which no dim is this long; 0 divides all"
-    )
-
-    @field_validator("mesh_shape", mode="before")
-    @classmethod
-    def _two_positive_integers(cls, value: Any) -> Any:
-        if value is None:
-            return None
-        if not isinstance(value, list | tuple) or any(type(size) is not int for size in value):
-            raise ConfigTypeError("must be a tuple of integers")
-        if len(value) != 2:
-            raise ConfigError(f"must have two axes, (batch, model), got {shown(tuple(value))}")
-        if min(value) < 1:
-            raise ConfigError(f"must be at least 1 on both axes, got {shown(tuple(value))}")
-        return tuple(value)
-
-    @field_validator("data", "fsdp", "tensor")
-    @classmethod
-    def _size_or_rest(cls, value: int) -> int:
-        if value < 1 and value != -1:
-            raise ConfigError(f"must be at least 1, or -1 for all devices that are left, got {value}")
-        return value
-
-    @model_validator(mode="after")
-    def _one_form(self) -> Self:
-        sizes = {name: size for name in ("data", "fsdp", "tensor") if (size := getattr(self, name)) != 1}
-        rest = [name for name, size in sizes.items() if size == -1]
-        if len(rest) > 1:
-            raise ConfigError(f"is -1, and so is {rest[1]}; only one of them can take the rest", (rest[0],))
-        if self.mesh_shape is not None and sizes:
-            listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
-            raise ConfigError(f"{self.mesh_shape} stands beside {listed}; give the shape or the sizes", ("mesh_shape",))
-        return self
 
 
 ABOUT: dict[tuple[str, str], Literal["text", "images"]] = {

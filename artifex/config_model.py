@@ -15,9 +15,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from artifex import models
 from artifex.config_io import ConfigError, ConfigTypeError, did_you_mean, shown
-from artifex.config_section import Section, checked
-
-MAX_INT = 2**31 - 1  # steps, sizes and token positions are int32 on every device
+from artifex.config_section import MAX_INT, Section, checked
 
 
 class ModelConfig(Section):

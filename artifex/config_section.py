@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import typing
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from artifex.config_io import ConfigError, ConfigTypeError, did_you_mean, nearest, shown
+
+MAX_INT = 2**31 - 1  # steps, sizes and token positions are int32 on every device
+Int = Annotated[int, Field(le=MAX_INT)]
 
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType
 
 from artifex.scaling.mesh_utils import (
+    SIZE_AXES,
     DeviceMeshManager,
     create_device_mesh,
     get_optimal_mesh_shape,
@@ -23,9 +24,7 @@ NOT_INTEGERS = [(2.0, 4), (2, "4"), "24", 8, (True, 8), (None, 8), {2, 4}, np.ar
 
 def device(**settings):
     """A configuration's `device` section, as `mesh_layout` reads it."""
-    return SimpleNamespace(
-        **({"mesh_shape": None, "auto_detect_mesh": True, "data": 1, "fsdp": 1, "tensor": 1} | settings)
-    )
+    return SimpleNamespace(**({"mesh_shape": None, "auto_detect_mesh": True} | dict.fromkeys(SIZE_AXES, 1) | settings))
 
 
 @pytest.fixture

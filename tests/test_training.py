@@ -75,6 +75,11 @@ MESHES = {
     "fsdp+tensor": {"fsdp": 4, "tensor": 2},
     "data+fsdp+tensor": {"data": 2, "fsdp": 2, "tensor": 2},
     "batch-model": {"mesh_shape": (2, 4)},
+    "zero-1": {"data": 8, "zero": 1},
+    "zero-2": {"data": 2, "fsdp": 4, "zero": 2},
+    "context": {"context": 8},
+    "expert": {"expert": 8},
+    "tensor+sequence": {"data": 2, "tensor": 4, "sequence_parallel": True},
 }
 
 

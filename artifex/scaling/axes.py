@@ -33,6 +33,7 @@ WEIGHT_AXES: dict[str, str] = {
     "positions": "entries of a learned position table",
     "conv_in": "input channels of a convolution",
     "conv_out": "output channels of a convolution",
+    "conv_hidden": "channels between the two convolutions of a residual block",
     "kernel": "a spatial extent of a convolution's window",
     "latent": "channels of an autoencoder's latent",
     "codes": "entries of a codebook",
@@ -56,13 +57,15 @@ ACTIVATION_AXES: dict[str, str] = {
     "height": "rows of an image or latent",
     "width": "columns of an image or latent",
     "channels": "channels of an image or latent",
+    "act_channels": "channels between the two convolutions of a residual block",
 }
 VOCABULARY: dict[str, str] = WEIGHT_AXES | ACTIVATION_AXES
 """Every logical axis, with a sentence. Weights and activations never share a name: FSDP splits `embed` of a weight over
 the devices that also split `batch` of an activation, so one shared name would ask for one mesh axis twice."""
 
-SHARED_BY_STRATEGIES = frozenset({"batch"})
-"""Names that several strategies may split together: data parallelism and FSDP both divide the examples."""
+SHARED_BY_STRATEGIES = frozenset({"batch", "sequence"})
+"""Names that several strategies may split together: data parallelism and FSDP both divide the examples, context
+parallelism and tensor parallelism the positions."""
 
 Names = Sequence[str | None]
 
@@ -116,16 +119,17 @@ def _table(entries: Mapping[str, str | Sequence[str] | None], known: Iterable[st
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Which mesh axes each logical axis is split over, for parameters, optimizer state and activations.
+    """Which mesh axes each logical axis is split over: tables for parameters, gradients, optimizer, and activations.
 
-    Within a table the order is the priority: where two dims of one tensor ask for the same mesh axis, the earlier rule
-    gets it. `min_weight_size` maps a mesh axis to the smallest size a weight must have in at least one dim to be
-    split over that axis at all.
+    Within a table the order is the priority: where two dims of one tensor ask for the same mesh axis, or two rules
+    speak of one dim, the earlier rule gets it. `min_weight_size` maps a mesh axis to the smallest size a weight must
+    have in at least one dim to be split over that axis at all.
 
     Build one with `Rules.of`, combine with `union`; ZeRO-1, ZeRO-2 and FSDP differ only in their tables.
     """
 
     params: tuple[Rule, ...] = ()
+    gradients: tuple[Rule, ...] = ()
     optimizer: tuple[Rule, ...] = ()
     activations: tuple[Rule, ...] = ()
     min_weight_size: tuple[tuple[str, int], ...] = ()
@@ -136,23 +140,28 @@ class Rules:
         params: Mapping[str, Any] | None = None,
         activations: Mapping[str, Any] | None = None,
         *,
+        gradients: Mapping[str, Any] | None = None,
         optimizer: Mapping[str, Any] | None = None,
         min_weight_size: Mapping[str, int] | None = None,
         strategy: str = "rules",
     ) -> Rules:
-        """Tables from mappings name -> mesh axis, several, or None; the optimizer's is the parameters' unless given."""
+        """Tables from mappings name -> mesh axis, several, or None; those of gradients and optimizer are the
+        parameters' unless given."""
         of_params = _table(params or {}, WEIGHT_AXES, strategy)
+        of_gradients = of_params if gradients is None else _table(gradients, WEIGHT_AXES, strategy)
         of_optimizer = of_params if optimizer is None else _table(optimizer, WEIGHT_AXES, strategy)
         of_activations = _table(activations or {}, ACTIVATION_AXES, strategy)
-        return cls(of_params, of_optimizer, of_activations, tuple((min_weight_size or {}).items()))
+        return cls(of_params, of_gradients, of_optimizer, of_activations, tuple((min_weight_size or {}).items()))
 
     def union(self, other: Rules) -> Rules:
-        """Both rule sets together; `batch` is shared.
+        """Both rule sets together; `batch` and `sequence` are shared, and `sequence` comes last: what a layer computes
+        with goes before the stream between layers.
 
         Raises `ValueError` for a name sent to two places, naming both strategies.
         """
         return Rules(
             _union(self.params, other.params),
+            _union(self.gradients, other.gradients),
             _union(self.optimizer, other.optimizer),
             _union(self.activations, other.activations),
             tuple((dict(self.min_weight_size) | dict(other.min_weight_size)).items()),
@@ -166,7 +175,7 @@ class Rules:
     @property
     def mesh_axes(self) -> tuple[str, ...]:
         """Every mesh axis a rule names, in order of appearance."""
-        rules = self.params + self.optimizer + self.activations
+        rules = self.params + self.gradients + self.optimizer + self.activations
         return tuple(dict.fromkeys(axis for rule in rules for axis in rule.axes))
 
 
@@ -184,7 +193,7 @@ def _union(first: tuple[Rule, ...], second: tuple[Rule, ...]) -> tuple[Rule, ...
                 f"logical axis {rule.name!r} is sent to two places: {have.strategy} maps it to {have.axes}, "
                 f"{rule.strategy} to {rule.axes}; leave one of the two strategies out or give them one mesh axis"
             )
-    return tuple(merged.values())
+    return tuple(sorted(merged.values(), key=lambda rule: rule.name == "sequence"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +218,7 @@ def mesh_sizes(mesh: Mesh | Mapping[str, int]) -> dict[str, int]:
 def check_mesh(rules: Rules, mesh: Mesh | Mapping[str, int]) -> None:
     """Raise `ValueError` where a rule names an axis the mesh does not have."""
     sizes = mesh_sizes(mesh)
-    for rule in rules.params + rules.optimizer + rules.activations:
+    for rule in rules.params + rules.gradients + rules.optimizer + rules.activations:
         for axis in rule.axes:
             if axis not in sizes:
                 raise ValueError(
@@ -233,13 +242,16 @@ def resolve(
     check_names(names, shape)
     entries: list[tuple[str, ...]] = [()] * len(names)
     used: dict[str, Rule] = {}
-    won, notes = [], []
+    won: dict[int, Rule] = {}
+    notes = []
     largest = max((size for size, name in zip(shape, names, strict=True) if name != "layers"), default=0)
     too_small = {axis: size for axis, size in min_weight_size if largest < size}  # depth is not a weight's size
     for rule in table:
         if rule.name not in names:
             continue
         dim = list(names).index(rule.name)
+        if entries[dim]:
+            continue
         taken: list[str] = []
         for axis in rule.axes:
             if axis not in sizes:
@@ -250,7 +262,7 @@ def resolve(
             if axis in too_small:
                 notes.append(f"no dim reaches the {too_small[axis]} that {axis} asks for")
             elif axis in used:
-                if used[axis].strategy != rule.strategy:  # its own later choices were not needed
+                if used[axis].strategy not in rule.strategy.split("+"):  # its own later choices were not needed
                     notes.append(f"{rule.name} whole: {axis} already splits {used[axis].name}")
             elif shape[dim] % ways:
                 notes.append(f"{rule.name} {shape[dim]} does not divide by {ways} ({'+'.join([*taken, axis])})")
@@ -260,9 +272,9 @@ def resolve(
                 used[axis] = rule
         if taken:
             entries[dim] = tuple(taken)
-            won.append(rule)
+            won[dim] = rule
     spec = PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in entries))
-    return Resolution(spec, tuple(won), tuple(dict.fromkeys(notes)))
+    return Resolution(spec, tuple(won[dim] for dim in sorted(won)), tuple(dict.fromkeys(notes)))
 
 
 # Activations: an execution activates rules and mesh while it is traced; outside it, `shard` only checks its names.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from artifex.config import DeviceConfig
     from artifex.scaling.sharding import ParallelismConfig
 
-SIZE_AXES = ("data", "fsdp", "tensor")
+SIZE_AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")
 """The mesh axes a configuration sizes one by one, in mesh order: the chattiest last, on the nearest devices."""
 
 TWO_AXES = ("data", "model")
@@ -40,15 +40,38 @@ def create_device_mesh(
 ) -> Mesh:
     """A mesh over all of `devices` (default: all there are), laid out for their physical links.
 
+    Where they are in several machines, or slices of a TPU, the first axes go across and the last stay inside one, as
+    far as their sizes divide.
+
     Raises `TypeError` for a shape that is not a tuple or list of integers or names that are not strings, `ValueError`
     for sizes below 1, a product other than the device count, and names that repeat or do not match the shape.
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = _checked_shape(mesh_shape, len(devices))
     names = _checked_names(axis_names, shape)
-    # Splitting a physical axis is the last resort of this routine, and better than refusing a shape.
-    grid = jax_mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(shape))
+    return Mesh(_grid(shape, devices), names, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _grid(shape: tuple[int, ...], devices: Sequence[Any]) -> Any:
+    """The devices in an array of `shape`, those with the fastest links nearest in the last dims."""
+    by_slice = {getattr(device, "slice_index", 0) for device in devices}
+    by_process = {device.process_index for device in devices}
+    # the chips of a TPU slice have links of their own, whatever machines they are in
+    islands = len(by_slice) if devices[0].platform == "tpu" or len(by_slice) > 1 else len(by_process)
+    across, rest = [], islands
+    for size in shape:
+        across.append(math.gcd(size, rest))
+        rest //= across[-1]
+    # Splitting a physical axis is the last resort of these routines, and better than refusing a shape.
+    if islands == 1 or rest > 1 or len(devices) % islands:
+        return jax_mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return jax_mesh_utils.create_hybrid_device_mesh(
+        tuple(size // outer for size, outer in zip(shape, across, strict=True)),
+        tuple(across),
+        devices,
+        process_is_granule=len(by_slice) == 1,
+        allow_split_physical_axes=True,
+    )
 
 
 def setup_mesh(mesh_shape: Sequence[int] | None = None, device_config: DeviceConfig | None = None) -> Mesh:
@@ -65,7 +88,8 @@ def mesh_layout(
     """Mesh shape and axis names of a run on `device_count` devices; needs none of them.
 
     1. `mesh_shape`, or else `device_config.mesh_shape`: (batch, model) on the axes ("data", "model").
-    2. `device_config.data`, `.fsdp`, `.tensor`: an axis for each that is not 1, in this order; -1 takes the rest.
+    2. `device_config.pipeline`, `.data` and the others of `SIZE_AXES`: an axis for each that is not 1, in this order;
+       -1 takes the rest.
     3. Auto-detection, unless `device_config.auto_detect_mesh` is false: every device on the batch dim, (n, 1).
 
     Raises `TypeError` for a shape of anything but integers, `ValueError` for one that is not (batch, model), for sizes
@@ -89,7 +113,7 @@ def mesh_layout(
         if not device_config.auto_detect_mesh:
             raise ValueError(
                 f"auto_detect_mesh is false and no mesh is given for {device_count} devices; set mesh_shape "
-                f"to (batch, model), such as ({device_count}, 1), or data, fsdp or tensor, or auto_detect_mesh to true"
+                f"to (batch, model), such as ({device_count}, 1), or a size such as data, or auto_detect_mesh to true"
             )
     return _checked_shape((device_count, 1), device_count), TWO_AXES
 
@@ -126,7 +150,7 @@ def simulation_hint(device_config: DeviceConfig, device_count: int) -> Iterator[
 
 def _remedy(sizes: dict[str, int], device_count: int) -> str:
     """The first axis whose size alone can be changed to use every device."""
-    for axis in dict.fromkeys((*SIZE_AXES, *sizes)):
+    for axis in dict.fromkeys(("data", "fsdp", "tensor", *sizes)):
         others = math.prod(size for other, size in sizes.items() if other != axis and size != -1)
         if device_count % others == 0:
             return f"set {axis}={device_count // others}" + (f" or {axis}=-1" if -1 not in sizes.values() else "")

@@ -54,7 +54,8 @@ class Plan:
     ) -> Plan:
         """The plan of a `device` section on so many devices. Raises `ValueError` where the mesh does not fit them."""
         shape, names = mesh_layout(device, device_count)
-        rules = combine(strategies_for(names, fsdp_min_weight_size=device.fsdp_min_weight_size))
+        how: dict[str, Any] = {"zero": device.zero, "sequence_parallel": device.sequence_parallel}
+        rules = combine(strategies_for(names, fsdp_min_weight_size=device.fsdp_min_weight_size, **how))
         return cls(shape, names, rules, remat, microbatches)
 
     @property

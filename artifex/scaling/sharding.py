@@ -6,18 +6,21 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from jax.sharding import Mesh, PartitionSpec
 
 from artifex.scaling.axes import Names, Rules
 from artifex.scaling.mesh_utils import check_count
 from artifex.scaling.strategies import (
+    ContextParallelStrategy,
     DataParallelStrategy,
+    ExpertParallelStrategy,
     FSDPStrategy,
     PipelineParallelStrategy,
     ShardingStrategy,
     TensorParallelStrategy,
+    ZeROStrategy,
     combine,
     errors_name,
     partition_spec,
@@ -26,7 +29,9 @@ from artifex.scaling.strategies import (
 )
 
 __all__ = [
+    "ContextParallelStrategy",
     "DataParallelStrategy",
+    "ExpertParallelStrategy",
     "FSDPStrategy",
     "MultiDimensionalStrategy",
     "ParallelismConfig",
@@ -34,6 +39,7 @@ __all__ = [
     "ShardingConfig",
     "ShardingStrategy",
     "TensorParallelStrategy",
+    "ZeROStrategy",
     "combine",
     "strategies_for",
 ]
@@ -42,9 +48,11 @@ __all__ = [
 @dataclasses.dataclass(frozen=True)
 class ShardingConfig:
     """The devices of each form of parallelism; 1 is off. With `fsdp_enabled` the data-parallel devices also divide the
-    weights that have a dim of at least `fsdp_min_weight_size`.
+    weights that have a dim of at least `fsdp_min_weight_size`; with `zero_stage` 1 the optimizer's state alone, with 2
+    gradients too.
 
-    Raises `TypeError` for anything but integers, `ValueError` for sizes below 1 and for FSDP over one device.
+    Raises `TypeError` for anything but integers, `ValueError` for sizes below 1, for FSDP or ZeRO over one device, and
+    for both at once.
     """
 
     data_parallel_size: int = 1
@@ -52,10 +60,21 @@ class ShardingConfig:
     pipeline_parallel_size: int = 1
     fsdp_enabled: bool = False
     fsdp_min_weight_size: int = 1024
+    expert_parallel_size: int = 1
+    context_parallel_size: int = 1
+    zero_stage: Literal[0, 1, 2] = 0
 
     def __post_init__(self) -> None:
-        for name in ("data_parallel_size", "tensor_parallel_size", "pipeline_parallel_size"):
-            check_count(name, getattr(self, name))
+        for field in dataclasses.fields(self):
+            if field.name.endswith("_parallel_size"):
+                check_count(field.name, getattr(self, field.name))
+        if check_count("zero_stage", self.zero_stage, least=0) > 2:
+            raise ValueError(f"zero_stage is {self.zero_stage}; 1 and 2 are stages, 3 is fsdp_enabled=True")
+        if self.zero_stage and (self.fsdp_enabled or self.data_parallel_size == 1):
+            raise ValueError(
+                f"zero_stage {self.zero_stage} stands beside fsdp_enabled={self.fsdp_enabled} and data_parallel_size "
+                f"{self.data_parallel_size}; it needs at least 2 data-parallel devices, and FSDP is its stage 3"
+            )
         check_count("fsdp_min_weight_size", self.fsdp_min_weight_size, least=0)
         if not isinstance(self.fsdp_enabled, bool):
             raise TypeError(f"fsdp_enabled must be True or False, got {self.fsdp_enabled!r}")
@@ -78,7 +97,7 @@ class ShardingConfig:
 
     def get_total_device_count(self) -> int:
         """The devices the run needs: the product of the sizes."""
-        return self.data_parallel_size * self.tensor_parallel_size * self.pipeline_parallel_size
+        return math.prod(_axes_of(self).values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +110,8 @@ class ParallelismConfig:
 
     @classmethod
     def from_sharding_config(cls, config: ShardingConfig) -> ParallelismConfig:
-        """The mesh axes "data", "model" (tensor parallelism) and "pipeline" of those sizes that are not 1, in this
-        order; on one device a "data" axis of 1."""
+        """The mesh axes "data", "expert", "context", "model" (tensor parallelism) and "pipeline" of those sizes that
+        are not 1, in this order; on one device a "data" axis of 1."""
         sizes = {axes[0]: size for axes, size in _axes_of(config).items() if size > 1} or {"data": 1}
         return cls(tuple(sizes.values()), tuple(sizes), config)
 
@@ -111,8 +130,8 @@ class ParallelismConfig:
 
     def check(self) -> None:
         """Raise `TypeError` or `ValueError` for sizes that are not positive integers, names that repeat or are not one
-        to each axis, a product other than the sharding configuration's device count, and axes named "data", "model" or
-        "pipeline" of another size than it has there. An "fsdp" axis is a part of the data-parallel size."""
+        to each axis, a product other than the sharding configuration's device count, and axes that are named after a
+        strategy and have another size there. An "fsdp" axis is a part of the data-parallel size."""
         shape, names, config = self.mesh_shape, self.mesh_axis_names, self.sharding_config
         if len(shape) != len(names) or len(set(names)) != len(names) or not shape:
             raise ValueError(f"mesh_shape {shape} needs as many mesh_axis_names, all different; got {names}")
@@ -139,7 +158,7 @@ class ParallelismConfig:
         Raises as `check` and `strategies_for` do.
         """
         self.check()
-        named = strategies_for(self.mesh_axis_names)
+        named = strategies_for(self.mesh_axis_names, zero=self.sharding_config.zero_stage)
         if self.sharding_config.fsdp_enabled:
             axis = "fsdp" if "fsdp" in named else "data"
             named["fsdp"] = FSDPStrategy(axis, min_weight_size=self.sharding_config.fsdp_min_weight_size)
@@ -155,6 +174,8 @@ def _axes_of(config: ShardingConfig) -> dict[tuple[str, ...], int]:
     """The names that the mesh axes of each form of parallelism may have, the usual one first, and their product."""
     return {
         ("data", "fsdp"): config.data_parallel_size,
+        ("expert",): config.expert_parallel_size,
+        ("context",): config.context_parallel_size,
         ("model", "tensor"): config.tensor_parallel_size,
         ("pipeline",): config.pipeline_parallel_size,
     }

@@ -76,6 +76,16 @@ class Blueprint:
         """A fresh state. Every array is made in its shards: no device ever holds more than its share."""
         return jax.jit(lambda: _fresh(self.config, self.optimizer, self.frozen), out_shardings=self.shardings)()
 
+    def laid_out(self, gradients: Any) -> Any:
+        """Gradients of the parameters that are trained, where the plan's table of gradients puts them."""
+        if self.mesh.size == 1:
+            return gradients
+        rules, names = self.plan.rules, self.split(self.names)[0]
+        place = functools.partial(placement.layout, table=rules.gradients, rules=rules, mesh=self.mesh)
+        return jax.tree.map(
+            lambda leaf, axes: jax.lax.with_sharding_constraint(leaf, place(leaf.shape, axes)), gradients, names
+        )
+
     @property
     def execution(self) -> Execution:
         """How the model runs: the plan, and the settings of the step."""

@@ -69,7 +69,7 @@ def _gradients(blue: Blueprint) -> Callable:
     def value_and_grad(params: Any, *rest: Any) -> tuple[tuple[jax.Array, tuple[Metrics, Any]], Any]:
         trained, held = blue.split(params)
         value, grads = jax.value_and_grad(lambda trained: blue.loss(join(trained, held), *rest), has_aux=True)(trained)
-        return value, in_dtype(grads, blue.config.training.gradient_dtype)
+        return value, blue.laid_out(in_dtype(grads, blue.config.training.gradient_dtype))
 
     parts = blue.plan.microbatches
 
@@ -83,7 +83,8 @@ def _gradients(blue: Blueprint) -> Callable:
             (loss, (metrics, buffers)), grads = value_and_grad(params, buffers, batch, jax.random.fold_in(key, index))
             weight = metrics.pop("weight")
             weighed = jax.tree.map(lambda value: weight.astype(value.dtype) * value, (loss, metrics, grads))
-            return (jax.tree.map(jnp.add, sums, (weight, *weighed)), buffers), None
+            *sums, grads = jax.tree.map(jnp.add, sums, (weight, *weighed))
+            return ((*sums, blue.laid_out(grads)), buffers), None
 
         # row r goes to part r % parts: a device keeps its own rows
         split = {key: value.reshape(-1, parts, *value.shape[1:]).swapaxes(0, 1) for key, value in batch.items()}
