@@ -140,7 +140,13 @@ def plan_of(config: Config, device_count: int) -> Plan:
     config.check()
     microbatches = config.training.gradient_accumulation
     with simulation_hint(config.device, device_count):
-        plan = Plan.from_device(config.device, device_count, remat=config.training.remat, microbatches=microbatches)
+        plan = Plan.from_device(
+            config.device,
+            device_count,
+            remat=config.training.remat,
+            microbatches=microbatches,
+            batch_size=config.training.batch_size,
+        )
     plan.check_batch(config.training.batch_size)
     return plan
 

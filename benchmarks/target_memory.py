@@ -75,7 +75,7 @@ def measured(args: argparse.Namespace) -> dict[str, float | int | str]:
     config = Config.from_dict(sections)
     devices = devices_of(args.target)
     start = time.perf_counter()
-    plan = Plan.from_device(config.device, len(devices), remat=args.remat)
+    plan = Plan.from_device(config.device, len(devices), remat=args.remat, batch_size=args.batch)
     blue = blueprint(config, plan, mesh_of(plan, devices))
     shapes = {name: jax.ShapeDtypeStruct(*kind) for name, kind in batch_shapes(config).items()}
     where = blue.batch_sharding(shapes)

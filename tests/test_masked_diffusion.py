@@ -11,6 +11,7 @@ from flax import nnx
 
 from artifex.models.cross_entropy import cross_entropy
 from artifex.models.layers import strata
+from artifex.models.staged import Stack, Start
 from artifex.models.transformer.config import DecoderConfig
 from artifex.models.transformer.masked import hide
 from artifex.models.transformer.masked_config import PRESETS, MaskedDiffusionConfig
@@ -28,8 +29,18 @@ training_loss_of = nnx.jit(lambda model, batch, key: model.loss(batch, nnx.Rngs(
 class Denoiser(nnx.Module):
     """Stands in for the decoder: its stream is its logits, and its head the identity."""
 
-    def stream_and_aux(self, tokens_BT, rngs=None):
-        return self(tokens_BT), {}
+    def __init__(self):
+        self.layers = nnx.Dict()
+
+    @property
+    def stack(self):
+        return Stack(("layers",), 1, lambda block, stream, beside, own: (stream, {}))
+
+    def dropout_key(self, rngs):
+        return None
+
+    def begin(self, tokens_BT, key):
+        return Start(self(tokens_BT))
 
     def cross_entropy(self, x_BTD, targets_BT, mask_BT, never=None):
         return cross_entropy(x_BTD, jnp.eye(6), targets_BT, mask_BT, never=never)

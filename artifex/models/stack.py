@@ -29,10 +29,13 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
     return build(rngs)
 
 
-def run_stack(blocks: nnx.Module, x: Any, num_layers: int, apply: Callable, per_layer: Any = None) -> tuple[Any, Any]:
-    """x through all blocks: `x, out = apply(block, x, its slice of per_layer)` for each, and the outs stacked.
+def run_stack(
+    blocks: nnx.Module, x: Any, num_layers: int, apply: Callable, per_layer: Any = None, *, beside: Any = None
+) -> tuple[Any, Any]:
+    """x through all blocks: `x, out = apply(block, x, beside, its slice of per_layer)` for each, and the outs stacked.
 
-    `x` is an array or a tree of arrays, `per_layer` a tree of arrays with a leading `layers` dim (keys), or None.
+    `x` is an array or a tree of arrays, `beside` one that all blocks read, `per_layer` one with a leading `layers` dim
+    (keys), or None.
     """
     graphdef, state = nnx.split(blocks)
     setting = current_execution().remat
@@ -40,12 +43,12 @@ def run_stack(blocks: nnx.Module, x: Any, num_layers: int, apply: Callable, per_
     def body(x: Any, layer: tuple[Any, Any]) -> tuple[Any, Any]:
         params, own = layer
         x = jax.tree.map(lambda leaf: checkpoint_name(leaf, "block"), x)
-        return apply(nnx.merge(graphdef, params), x, own)
+        return apply(nnx.merge(graphdef, params), x, beside, own)
 
     if setting != "none":
         body = jax.checkpoint(body, policy=remat.policy(setting), prevent_cse=False)
     layers = (nnx.to_pure_dict(state), per_layer)
-    return jax.lax.scan(body, x, layers, unroll=cpu.layers_at_once(num_layers))
+    return jax.lax.scan(body, x, layers, length=num_layers, unroll=cpu.layers_at_once(num_layers))
 
 
 def stack_states(make: Callable[[int | None], Any], num_layers: int) -> Any:

@@ -167,6 +167,12 @@ class Rules:
             tuple((dict(self.min_weight_size) | dict(other.min_weight_size)).items()),
         )
 
+    def without(self, name: str) -> Rules:
+        """The rules but those for one logical axis."""
+        tables = ("params", "gradients", "optimizer", "activations")
+        kept = {table: tuple(rule for rule in getattr(self, table) if rule.name != name) for table in tables}
+        return dataclasses.replace(self, **kept)
+
     @property
     def everything(self) -> tuple[Rule, ...]:
         """The parameter and the activation table as one: their names never meet."""
@@ -341,7 +347,8 @@ def layout() -> Layout | None:
     here = jax.sharding.get_abstract_mesh()
     if here.empty or not here.manual_axes:
         return Layout(rules, mesh, mesh.axis_names)
-    return Layout(rules, here, tuple(axis for axis in here.axis_names if axis not in here.manual_axes))
+    free = tuple(axis for axis in here.axis_names if axis not in here.manual_axes)
+    return Layout(rules, here, free) if free else None
 
 
 def activation_axes(name: str, size: int) -> tuple[str, ...]:
@@ -382,6 +389,15 @@ def shard_parameter(x: jax.Array, *names: str | None, whole: Sequence[int] | Non
         return x
     too_small = [(axis, size) for axis, size in now.rules.min_weight_size if max(whole or x.shape) < size]
     return now.constrain(x, resolve(names, x.shape, now.rules.params, now.sizes, too_small).spec)
+
+
+def shard_gradient(x: jax.Array, *names: str | None) -> jax.Array:
+    """Constrain the gradient of a parameter to the layout that the rules give gradients; see `shard`."""
+    check_names(names, x.shape, "gradient")
+    now = layout()
+    if now is None:
+        return x
+    return now.constrain(x, resolve(names, x.shape, now.rules.gradients, now.sizes, now.rules.min_weight_size).spec)
 
 
 def ways(names: Names, shape: Sequence[int]) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from artifex.config import Config
 from artifex.models.layers import Statistic
+from artifex.models.staged import Stack
 from artifex.models.weights_config import section_of
 from artifex.optim import inputs_of, make_optimizer
 from artifex.scaling import placement
@@ -65,6 +66,7 @@ class Blueprint:
     buffer_names: Any
     frozen: frozenset[str]  # paths of parameters that stay as they are
     optimizer: optax.GradientTransformation  # of the others
+    stack: Stack | None  # the repeated blocks that a pipeline divides, where the model has them
     state: TrainState  # of jax.ShapeDtypeStruct, each with its sharding
 
     @property
@@ -88,10 +90,26 @@ class Blueprint:
 
     @property
     def execution(self) -> Execution:
-        """How the model runs: the plan, and the settings of the step."""
+        """How the model runs in a step: the plan, and the settings of the step."""
         how = self.config.training
         dtypes = {"compute_dtype": how.compute_dtype, "reduce_dtype": how.reduce_dtype}
         return self.plan.execution(self.mesh, unroll=how.unroll, attention=how.attention, **dtypes)
+
+    @property
+    def running(self) -> Execution:
+        """How the model runs otherwise, where the devices of a pipeline divide rows and weights instead of layers."""
+        return dataclasses.replace(self.execution, rules=self.plan.running)
+
+    def as_run(self, params: Any) -> Any:
+        """Parameters where `running` has them, in a function that is traced."""
+        if self.plan.pipeline is None:
+            return params
+        place = functools.partial(
+            placement.layout, table=self.plan.running.params, rules=self.plan.running, mesh=self.mesh
+        )
+        return jax.tree.map(
+            lambda leaf, axes: jax.lax.with_sharding_constraint(leaf, place(leaf.shape, axes)), params, self.names
+        )
 
     def loss(
         self, params: Any, buffers: Any, batch: Any, key: jax.Array | None, index: int | jax.Array = 0
@@ -100,9 +118,9 @@ class Blueprint:
 
         Buffers change only where a key is given; where it is None, the noise is that of validation batch `index`.
         """
-        how = self.execution
+        how = self.running
         with execution(how):
-            model = model_in(how.compute_dtype, self.graphdef, params, buffers)
+            model = model_in(how.compute_dtype, self.graphdef, self.as_run(params), buffers)
             value, metrics = model.loss(batch, None if key is None else nnx.Rngs(key), index=index)
             return value, (metrics, carried(model, buffers))
 
@@ -116,7 +134,8 @@ class Blueprint:
 
     def runner(self, weights: Any, buffers: Any) -> Runner:
         """The model of these weights and buffers, nested dicts, and how it runs."""
-        how = self.execution
+        how = self.running
+        weights = weights if self.plan.pipeline is None else jax.jit(self.as_run)(weights)
         return Runner(model_in(how.compute_dtype, self.graphdef, weights, buffers), how)
 
     def split(self, tree: Any) -> tuple[Any, Any]:
@@ -180,11 +199,13 @@ def blueprint(config: Config, plan: Plan, mesh: Mesh) -> Blueprint:
         ),
         key=whole,
     )
+    stack = getattr(abstract, "stack", None)
+    _check_stages(config, plan, stack)
     _check_no_axis_idle(config, plan, placed.params, names)
     state = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), state, placed
     )
-    return Blueprint(config, plan, mesh, graphdef, names, buffer_names, frozen, optimizer, state)
+    return Blueprint(config, plan, mesh, graphdef, names, buffer_names, frozen, optimizer, stack, state)
 
 
 def frozen_of(config: Config, trained: nnx.State) -> frozenset[str]:
@@ -192,6 +213,23 @@ def frozen_of(config: Config, trained: nnx.State) -> frozenset[str]:
     patterns = config.training.freeze
     paths = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(trained)]
     return freezing.frozen_paths(paths, patterns) if patterns else frozenset()
+
+
+def _check_stages(config: Config, plan: Plan, stack: Stack | None) -> None:
+    """Raise `ValueError` where a pipeline has no layers for a stage."""
+    if plan.pipeline is None:
+        return
+    sizes = f"device.pipeline {plan.pipeline.devices} x device.stages_per_device {plan.pipeline.stages_per_device}"
+    if stack is None:
+        raise ValueError(
+            f"{sizes}: {config.model.name!r} has no stack of repeated blocks that stages could divide; leave pipeline "
+            "at 1 and use device.fsdp, device.tensor or device.data"
+        )
+    if stack.count < plan.pipeline.stages:
+        raise ValueError(
+            f"{sizes} are {plan.pipeline.stages} stages, but {config.model.name!r} has {stack.count} repeated blocks; "
+            f"make it at most {stack.count}"
+        )
 
 
 def _check_no_axis_idle(config: Config, plan: Plan, params: Any, names: Any) -> None:

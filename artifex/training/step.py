@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from artifex.optim import make_schedule
 from artifex.training.freezing import join
+from artifex.training.pipelined import pipelined
 from artifex.training.precision import in_dtype
 from artifex.training.state import Blueprint, TrainState, within
 
@@ -70,6 +71,13 @@ def _gradients(blue: Blueprint) -> Callable:
         trained, held = blue.split(params)
         value, grads = jax.value_and_grad(lambda trained: blue.loss(join(trained, held), *rest), has_aux=True)(trained)
         return value, blue.laid_out(in_dtype(grads, blue.config.training.gradient_dtype))
+
+    if blue.plan.pipeline is not None:
+        by_stages = pipelined(blue)
+
+        def value_and_grad(params: Any, *rest: Any) -> tuple[tuple[jax.Array, tuple[Metrics, Any]], Any]:
+            value, grads = by_stages(params, *rest)
+            return value, blue.laid_out(grads)
 
     parts = blue.plan.microbatches
 

@@ -11,7 +11,8 @@ from flax import nnx
 from artifex.models.attention import dot_product_attention
 from artifex.models.diffusion.blocks import Block, Condition, Head, Patches
 from artifex.models.diffusion.networks import DiTConfig
-from artifex.models.stack import run_stack, stack
+from artifex.models.stack import stack
+from artifex.models.staged import Stack, Start, through
 
 FREQUENCIES = 256  # sines and cosines of the time
 
@@ -32,11 +33,23 @@ class DiT(nnx.Module):
         `condition`: integer labels (B,), where `num_classes` means none; without any, none for all. Raises `ValueError`
         for images and labels that the network does not take.
         """
-        c_BE = self.condition(t_B, condition)
+        start = self.begin(x_BHWC, t_B, condition)
+        return self.finish(through(self, start)[0], start.beside)
 
-        def apply(block: Block, x_BTD: jax.Array, _: None) -> tuple[jax.Array, None]:
-            qkv, rest = block.open(x_BTD, c_BE)
-            return block.close(x_BTD, dot_product_attention(*qkv), rest), None
+    @property
+    def stack(self) -> Stack:
+        """The repeated blocks, and how one runs."""
+        return Stack(("layers",), self.cfg.num_layers, _apply)
 
-        x_BTD, _ = run_stack(self.layers, self.patches(x_BHWC), self.cfg.num_layers, apply)
+    def begin(self, x_BHWC: jax.Array, t_B: jax.Array, condition: jax.Array | None = None) -> Start:
+        """Patches, and beside them the embedding of time and label (B, E)."""
+        return Start(self.patches(x_BHWC), self.condition(t_B, condition))
+
+    def finish(self, x_BTD: jax.Array, c_BE: jax.Array) -> jax.Array:
+        """The prediction from the stream after all blocks."""
         return self.head(x_BTD, c_BE)
+
+
+def _apply(block: Block, x_BTD: jax.Array, c_BE: jax.Array, _: None) -> tuple[jax.Array, None]:
+    qkv, rest = block.open(x_BTD, c_BE)
+    return block.close(x_BTD, dot_product_attention(*qkv), rest), None

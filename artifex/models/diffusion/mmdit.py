@@ -6,7 +6,6 @@ Dims: B batch, H height, W width, C channels, T image tokens, S text tokens, D e
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,8 @@ from artifex.models import layers
 from artifex.models.attention import dot_product_attention
 from artifex.models.diffusion.blocks import AdaptiveNorm, Block, Head, Patches, TimeEmbedding, by_heads, stream
 from artifex.models.diffusion.networks import MMDiTConfig
-from artifex.models.stack import run_stack, stack
+from artifex.models.stack import stack
+from artifex.models.staged import Stack, Start, through
 
 FREQUENCIES = 256  # sines and cosines of the time
 
@@ -89,17 +89,24 @@ class MMDiT(nnx.Module):
         vector of the whole; without any, one token of zeros and a vector of zeros: no text. Raises `ValueError` for
         another structure.
         """
+        start = self.begin(x_BHWC, t_B, condition)
+        return self.finish(through(self, start)[0], start.beside)
+
+    @property
+    def stack(self) -> Stack:
+        """The repeated blocks, all but the last, and how one runs."""
+        return Stack(("layers",), self.cfg.num_layers - 1, _apply)
+
+    def begin(self, x_BHWC: jax.Array, t_B: jax.Array, condition: Mapping[str, jax.Array] | None = None) -> Start:
+        """Patches and text as two streams, and beside them the embedding of time and text (B, E)."""
         context_BSX, pooled = self.text(condition, x_BHWC.shape[0])
         c_BE = self.time(t_B) + self.pooled(pooled)
         y_BSD = stream(self.context(context_BSX.astype(self.context.kernel.dtype)))
+        return Start((self.patches(x_BHWC), y_BSD), c_BE)
 
-        def apply(block: JointBlock, streams: Any, _: None) -> tuple[Any, None]:
-            x_BTD, y_BSD = streams
-            return block(x_BTD, y_BSD, c_BE), None
-
-        streams: Any = (self.patches(x_BHWC), y_BSD)
-        (x_BTD, y_BSD), _ = run_stack(self.layers, streams, self.cfg.num_layers - 1, apply)
-        return self.head(self.last(x_BTD, y_BSD, c_BE), c_BE)
+    def finish(self, streams: tuple[jax.Array, jax.Array], c_BE: jax.Array) -> jax.Array:
+        """The prediction from both streams before the last block."""
+        return self.head(self.last(*streams, c_BE), c_BE)
 
     def text(self, condition: Mapping[str, jax.Array] | None, batch: int) -> tuple[jax.Array, jax.Array]:
         """The text's tokens (B, S, X) and vector (B, pooled_dim), zeros where there is none."""
@@ -113,3 +120,9 @@ class MMDiT(nnx.Module):
         if pooled.shape != (batch, self.cfg.pooled_dim):
             raise ValueError(f"pooled is {pooled.shape}; give ({batch}, {self.cfg.pooled_dim})")
         return context, pooled
+
+
+def _apply(
+    block: JointBlock, streams: tuple[jax.Array, jax.Array], c_BE: jax.Array, _: None
+) -> tuple[tuple[jax.Array, jax.Array], None]:
+    return block(*streams, c_BE), None

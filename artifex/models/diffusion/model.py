@@ -21,6 +21,7 @@ from artifex.models.diffusion.guidance import Network, guided
 from artifex.models.diffusion.process import DDPM, EDM, FlowMatching, Process, corrupt, per_example
 from artifex.models.diffusion.samplers import SAMPLERS, time_grid
 from artifex.models.rows import in_chunks
+from artifex.models.staged import Stack, Start
 from artifex.scaling import axes
 from artifex.scaling.execution import compiled
 
@@ -35,7 +36,7 @@ class Diffusion(nnx.Module):
     def __init__(self, cfg: DiffusionConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         self.process = process_of(cfg)
-        self.network = cfg.network.build(rngs)
+        self.network: Any = cfg.network.build(rngs)
         self.autoencoder: Any = None if cfg.autoencoder is None else layers.freeze(cfg.autoencoder.build(rngs))
 
     def loss(
@@ -53,6 +54,14 @@ class Diffusion(nnx.Module):
         every condition stays. NaN for labels outside [0, num_classes]. Raises `TypeError` or `ValueError` for what is
         no such batch.
         """
+        rows, key = self.prepare(batch, rngs, index)
+        network = self.network if key is None else functools.partial(self.network, key=key)
+        return self.score(*self._predict(network, self._noised(rows), rows["t"], rows["condition"]), rows)
+
+    def prepare(
+        self, batch: dict[str, jax.Array], rngs: nnx.Rngs | None, index: int | jax.Array
+    ) -> tuple[dict[str, Any], jax.Array | None]:
+        """What the network works on, its noise, times and conditions; the key of the network's dropout."""
         encoded = self.autoencoder is not None and "latent_mean" in batch
         (check_latents if encoded else check_images)(batch, self.cfg.num_classes)
         eps_key, time_key, drop_key, latent_key = jax.random.split(layers.noise_key(rngs, index), 4)
@@ -67,22 +76,42 @@ class Diffusion(nnx.Module):
         condition = batch["label"] if self.cfg.num_classes else batch.get("condition")
         if rngs is not None:
             condition = self._drop(condition, drop_key, B)
+        key = rngs.dropout() if rngs is not None and self.cfg.network.dropout else None
+        rows = {"x0": x0, "eps": eps, "t": t_B, "condition": condition}
+        return rows | {"mask": batch.get("mask", jnp.ones(B))}, key
 
-        network: Network = self.network
-        if rngs is not None and self.cfg.network.dropout:
-            network = functools.partial(network, key=rngs.dropout())
+    def _noised(self, rows: dict[str, Any]) -> jax.Array:
+        return corrupt(self.process, rows["x0"], rows["eps"], rows["t"])
 
-        x_t = corrupt(self.process, x0, eps, t_B)
-        output, v = self._predict(network, x_t, t_B, condition)
+    @property
+    def stack(self) -> Stack | None:
+        """The repeated blocks of the network; None where it has no stack."""
+        return self.network.stack.under("network") if hasattr(self.network, "stack") else None
+
+    def before(self, rows: dict[str, Any], key: jax.Array | None) -> Start:
+        """What enters the network's blocks."""
+        x_t, t_B = self._noised(rows), rows["t"]
+        scaled = per_example(self.process.input_scale(t_B), x_t) * x_t
+        return self.network.begin(scaled, self.process.network_time(t_B), rows["condition"])
+
+    def after(
+        self, stream: Any, report: Any, beside: Any, rows: dict[str, Any]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Loss and metrics of what the network's blocks made of the rows."""
+        output, channels = self.network.finish(stream, beside), rows["x0"].shape[-1]
+        return self.score(output[..., :channels], output[..., channels:], rows)
+
+    def score(self, output: jax.Array, v: jax.Array, rows: dict[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Loss and metrics of a prediction, and of what the network puts out beside it."""
+        x0, eps, t_B, mask_B = rows["x0"], rows["eps"], rows["t"], rows["mask"]
         error = output - objective.target(self.cfg.prediction, x0, eps, t_B, self.process)
         weight_B = objective.weight(self.cfg.weighting, self.cfg.prediction, t_B, self.process)
         loss_B = weight_B * jnp.mean(jnp.square(error), axis=tuple(range(1, error.ndim)))
-        mask_B = batch.get("mask", jnp.ones(B))
         weight = jnp.sum(mask_B)
         loss = jnp.sum(mask_B * loss_B) / jnp.maximum(weight, 1.0)
         if not self.cfg.learns_variance:
             return loss, {"weight": weight}
-        predicted = objective.to_x0(self.cfg.prediction, output, x_t, t_B, self.process)
+        predicted = objective.to_x0(self.cfg.prediction, output, self._noised(rows), t_B, self.process)
         vlb_B = variance.bound(x0, predicted, v, t_B, self.process, levels=self.cfg.levels)
         vlb = jnp.sum(mask_B * vlb_B) / jnp.maximum(weight, 1.0)
         return loss + variance.BOUND_WEIGHT * vlb, {"weight": weight, "mse": loss, "vlb": vlb}

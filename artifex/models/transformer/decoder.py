@@ -16,7 +16,8 @@ from flax import nnx
 from artifex.models import cpu, layers
 from artifex.models.batch import check_text
 from artifex.models.cross_entropy import cross_entropy, read_logits
-from artifex.models.stack import run_stack, stack, unstack
+from artifex.models.stack import stack, unstack
+from artifex.models.staged import Stack, Start, staged_loss, through
 from artifex.models.transformer.attention import Attention, Place
 from artifex.models.transformer.config import DecoderConfig
 from artifex.models.transformer.feed_forward import dense
@@ -107,6 +108,13 @@ def stream(x_BTD: jax.Array) -> jax.Array:
     return axes.shard(x_BTD, "batch", "sequence", "hidden")
 
 
+def _apply(
+    block: Block | Group, x_BTD: jax.Array, positions_T: jax.Array | np.ndarray, key: jax.Array | None
+) -> tuple[jax.Array, Aux]:
+    x_BTD, _, aux = block(x_BTD, positions_T, key)
+    return x_BTD, aux
+
+
 class Decoder(nnx.Module):
     """Tokens (B, T) -> logits (B, T, V) of the next token at each position."""
 
@@ -122,29 +130,25 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Logits (B, T, V), float32. Raises `ValueError` for sequences longer than the model's."""
-        return self.read_out(self.stream_and_aux(tokens_BT, rngs)[0])
+        return self.read_out(through(self, self.begin(tokens_BT, self.dropout_key(rngs)))[0])
 
-    def stream_and_aux(self, tokens_BT: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, Aux]:
-        """The stream (B, T, D) that the head reads, and the means over all layers of what their experts report."""
+    @property
+    def stack(self) -> Stack:
+        """The repeated blocks, and how one runs."""
+        return Stack(("layers",), self.cfg.num_groups, _apply)
+
+    def dropout_key(self, rngs: nnx.Rngs | None) -> jax.Array | None:
+        """The key of all dropout of one pass; None where nothing is dropped."""
+        return rngs.dropout() if rngs is not None and self.cfg.dropout > 0 else None
+
+    def begin(self, tokens_BT: jax.Array, key: jax.Array | None) -> Start:
+        """The embedded tokens, their positions, and a key for each layer. Raises `ValueError` for too many tokens."""
         length = tokens_BT.shape[1]
         self.check_length(length)
-        key = rngs.dropout() if rngs is not None and self.cfg.dropout > 0 else None
         positions_T = cpu.positions(length)
         x_BTD = self.embed_tokens(tokens_BT, positions_T, key)
         keys_L = None if key is None else jax.random.split(jax.random.fold_in(key, 1), self.cfg.num_groups)
-        x_BTD, aux_L = self.run_layers(x_BTD, positions_T, keys_L)
-        return x_BTD, jax.tree.map(jnp.mean, aux_L)
-
-    def run_layers(
-        self, x_BTD: jax.Array, positions_T: jax.Array | np.ndarray, keys_L: jax.Array | None = None
-    ) -> tuple[jax.Array, Aux]:
-        """The stream after all layers, and what each reports."""
-
-        def apply(block: Block | Group, x_BTD: jax.Array, key: jax.Array | None) -> tuple[jax.Array, Aux]:
-            x_BTD, _, aux = block(x_BTD, positions_T, key)
-            return x_BTD, aux
-
-        return run_stack(self.layers, x_BTD, self.cfg.num_groups, apply, keys_L)
+        return Start(x_BTD, positions_T, keys_L)
 
     def blocks(self) -> list[Block]:
         """The blocks one by one, in the order in which they run: for looking at what each does."""
@@ -190,9 +194,24 @@ class Decoder(nnx.Module):
         is no noise, whatever its `index`. NaN for token ids outside the vocabulary, and for such targets where they
         count. Raises `TypeError` or `ValueError` for what is no such batch.
         """
+        return staged_loss(self, batch, rngs, index)
+
+    def prepare(
+        self, batch: dict[str, jax.Array], rngs: nnx.Rngs | None, index: int | jax.Array
+    ) -> tuple[dict[str, Any], jax.Array | None]:
+        """The batch, and the key of its dropout."""
         check_text(batch, "tokens", "targets")
-        x_BTD, aux = self.stream_and_aux(batch["tokens"], rngs)
-        nats, z_loss, weight = self.cross_entropy(x_BTD, batch["targets"], batch.get("mask"))
+        return dict(batch), self.dropout_key(rngs)
+
+    def before(self, rows: dict[str, Any], key: jax.Array | None) -> Start:
+        """What enters the blocks."""
+        return self.begin(rows["tokens"], key)
+
+    def after(
+        self, x_BTD: jax.Array, aux: Aux, beside: Any, rows: dict[str, Any]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Loss and metrics of what the blocks made of the rows."""
+        nats, z_loss, weight = self.cross_entropy(x_BTD, rows["targets"], rows.get("mask"))
         cfg, loss = self.cfg, nats
         if cfg.num_experts:
             balance = cfg.load_balance_weight * aux["load_balance"] + cfg.router_z_weight * aux["router_z"]

@@ -14,6 +14,8 @@ Dims: B batch, T sequence, P prompt, V vocab with the mask.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,6 +24,7 @@ from artifex.models import layers
 from artifex.models.batch import check_text
 from artifex.models.cross_entropy import without
 from artifex.models.rows import fill_up
+from artifex.models.staged import Stack, Start, staged_loss
 from artifex.models.transformer.decoder import Decoder
 from artifex.models.transformer.generate import check_request, pick
 from artifex.models.transformer.masked_config import MaskedDiffusionConfig
@@ -48,6 +51,17 @@ class MaskedDiffusion(nnx.Module):
         those of B strata; without `rngs`, what is hidden is that of batch `index`. NaN where a token that counts is not
         in the data's vocabulary. Raises `TypeError` or `ValueError` for what is no batch of text.
         """
+        return staged_loss(self, batch, rngs, index)
+
+    @property
+    def stack(self) -> Stack:
+        """The repeated blocks of the decoder."""
+        return self.decoder.stack.under("decoder")
+
+    def prepare(
+        self, batch: dict[str, jax.Array], rngs: nnx.Rngs | None, index: int | jax.Array
+    ) -> tuple[dict[str, Any], jax.Array | None]:
+        """What is seen of each row, and by what each of its tokens counts; the key of the dropout."""
         check_text(batch, "targets")
         # the mask is no token of the data: an id that no table has, seen or hidden
         clean_BT = jnp.asarray(batch["targets"], jnp.int32)
@@ -56,12 +70,22 @@ class MaskedDiffusion(nnx.Module):
         counts_BT = batch.get("mask", jnp.ones(clean_BT.shape)).astype(jnp.float32)
         hidden_BT = hide(counts_BT > 0, key)
         seen_BT = jnp.where(hidden_BT | (counts_BT == 0), self.cfg.mask_id, clean_BT)
-        x_BTD, _ = self.decoder.stream_and_aux(seen_BT, rngs)
         weight_BT = hidden_BT.astype(jnp.float32)
         share_B1 = jnp.sum(weight_BT, axis=1, keepdims=True) / jnp.maximum(jnp.sum(counts_BT, axis=1, keepdims=True), 1)
         weight_BT = weight_BT / jnp.where(share_B1 > 0, share_B1, 1.0)
-        nats, _, weights = self.decoder.cross_entropy(x_BTD, clean_BT, weight_BT, never=self.cfg.mask_id)
-        count = jnp.sum(counts_BT)
+        rows = {"seen": seen_BT, "clean": clean_BT, "weight": weight_BT, "counts": counts_BT}
+        return rows, self.decoder.dropout_key(rngs)
+
+    def before(self, rows: dict[str, Any], key: jax.Array | None) -> Start:
+        """What enters the blocks."""
+        return self.decoder.begin(rows["seen"], key)
+
+    def after(
+        self, x_BTD: jax.Array, aux: Any, beside: Any, rows: dict[str, Any]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Loss and metrics of what the blocks made of the rows."""
+        nats, _, weights = self.decoder.cross_entropy(x_BTD, rows["clean"], rows["weight"], never=self.cfg.mask_id)
+        count = jnp.sum(rows["counts"])
         return nats * weights / jnp.maximum(count, 1.0), {"weight": count}
 
     def sample(
