@@ -130,6 +130,12 @@ class TrainingConfig(Section):
         description="how attention is computed; 'auto': splash on a TPU, cudnn on a GPU for what it takes, tiles on "
         "one CPU device, else blockwise",
     )
+    spill_threshold_mb: float | None = Field(
+        default=None,
+        ge=0,
+        description="optimizer state and averages whose part on a device has so many MB lie in the host's memory "
+        "between updates; 0: all, none: nothing does; not on CPUs",
+    )
     ema_decay: float | None = Field(
         default=None, gt=0, lt=1, description="of a running mean of parameters and codebooks, 0 to 1; none is off"
     )

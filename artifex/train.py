@@ -98,6 +98,7 @@ def open_run(config: Config, run_dir: str | Path, *, start_anew: bool = False) -
     from artifex.training.memory import check_state, device_bytes, explained
     from artifex.training.progress import Report
     from artifex.training.run_folder import RunFolder
+    from artifex.training.spill import check as check_spill
     from artifex.training.start import check as check_start
     from artifex.training.state import blueprint
     from artifex.training.task import open_task
@@ -106,6 +107,7 @@ def open_run(config: Config, run_dir: str | Path, *, start_anew: bool = False) -
     plan = plan_of(config, jax.device_count())
     mesh = plan.make_mesh()
     plan.execution(mesh)  # refuses what its devices cannot do
+    check_spill(config.training.spill_threshold_mb, mesh)
     # what is in the folder, and whether this run is the one in it
     folder = RunFolder(run_dir)
     config = as_known(config, folder.config)

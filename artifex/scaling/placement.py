@@ -194,10 +194,12 @@ def explain(model: nnx.Module | nnx.State, strategy: Any, mesh: Mesh | Mapping[s
 
 
 def bytes_on_device(tree: Tree) -> int:
-    """Bytes one device holds of a tree of arrays or `jax.ShapeDtypeStruct`s with shardings."""
+    """Bytes one device holds of a tree of arrays or `jax.ShapeDtypeStruct`s with shardings; what lies in the memory of
+    its host is none of them."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
         for leaf in jax.tree.leaves(tree)
+        if leaf.sharding.memory_kind in (None, "device")
     )
 
 

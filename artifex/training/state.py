@@ -25,6 +25,7 @@ from artifex.scaling.plan import Plan
 from artifex.training import freezing
 from artifex.training.precision import carried, in_dtype, model_in
 from artifex.training.runner import Result, Runner
+from artifex.training.spill import spilled
 
 BATCH = {1: ("batch",), 2: ("batch", "sequence"), 4: ("batch", "height", "width", "channels")}
 """The logical axes of an array of a batch, by its rank."""
@@ -199,6 +200,9 @@ def blueprint(config: Config, plan: Plan, mesh: Mesh) -> Blueprint:
         ),
         key=whole,
     )
+    threshold = config.training.spill_threshold_mb
+    placed.optimizer = spilled(threshold, state.optimizer, placed.optimizer)
+    placed.ema = state.ema and spilled(threshold, state.ema, placed.ema)
     stack = getattr(abstract, "stack", None)
     _check_stages(config, plan, stack)
     _check_no_axis_idle(config, plan, placed.params, names)

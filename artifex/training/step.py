@@ -15,6 +15,7 @@ from artifex.optim import make_schedule
 from artifex.training.freezing import join
 from artifex.training.pipelined import pipelined
 from artifex.training.precision import in_dtype
+from artifex.training.spill import fetched
 from artifex.training.state import Blueprint, TrainState, within
 
 Batch = dict[str, jax.Array]
@@ -36,9 +37,10 @@ def make_step(blue: Blueprint) -> Callable[[TrainState, Batch], tuple[TrainState
         trained, held = blue.split(state.params)
         # the optimizer computes in float32, whatever parameters and gradients are kept in
         grads, trained = in_dtype(grads, "float32"), in_dtype(trained, "float32")
-        updates, optimizer = blue.optimizer.update(grads, state.optimizer, trained)
+        moments, ema = fetched((state.optimizer, state.ema), (blue.shardings.optimizer, blue.shardings.ema))
+        updates, optimizer = blue.optimizer.update(grads, moments, trained)
         trained = optax.apply_updates(trained, updates)
-        ema, ema_buffers = state.ema, state.ema_buffers
+        ema_buffers = state.ema_buffers
         if decay is not None:
             # warms up as (1 + t) / (10 + t), so that the average forgets the random start
             t = state.step.astype(jnp.float32)
