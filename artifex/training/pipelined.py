@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from artifex.models.stack import run_stack
+from artifex.models.staged import Stack
 from artifex.scaling import axes
 from artifex.scaling.execution import execution
 from artifex.scaling.pipeline.executor import Parts, value_and_grad
@@ -32,21 +33,42 @@ def pipelined(blue: Blueprint) -> Callable[..., tuple[tuple[jax.Array, tuple[dic
     Buffers stay as they are: no model with a stack changes one. The frozen parts of a model are for `prepare`, before
     the pipeline begins.
     """
-    how, schedule = blue.config.training, blue.plan.pipeline
-    assert schedule is not None and blue.stack is not None, "a plan with a pipeline, and a model that has stages"
-    path, count, apply = blue.stack
-    microbatches = schedule.microbatches
-    cut = functools.partial(_cut, path=path)
-    names_rest, names_stack = cut(blue.split(blue.names)[0])
+    how, schedule, stack = blue.config.training, blue.plan.pipeline, blue.stack
+    assert schedule is not None and stack is not None, "a plan with a pipeline, and a model that has stages"
+    names_rest, names_stack = _cut(blue.split(blue.names)[0], stack.path)
+
+    def lay_out(rest: Tree, pieces: Tree) -> tuple[Tree, Tree]:
+        lay = axes.shard_gradient
+        of_pieces = jax.tree.map(lambda leaf, names: lay(leaf, None, *names), pieces, names_stack)
+        return jax.tree.map(lambda leaf, names: lay(leaf, *names), rest, names_rest), of_pieces
+
+    of: dict[str, Any] = {"axis": blue.plan.pipeline_axis, "dtype": how.gradient_dtype, "lay_out": lay_out}
+    parts = _parts(blue, stack, padded=bool(stack.count % schedule.stages))
+    run = value_and_grad(parts, schedule, stack.count, blue.mesh, **of)
+
+    def whole(params: Tree, buffers: Tree, batch: dict[str, jax.Array], key: jax.Array) -> Any:
+        rows, keys = _prepared(blue, params, buffers, batch, key)
+        trained, held = (_cut(in_dtype(tree, how.compute_dtype), stack.path) for tree in blue.split(params))
+        with execution(blue.execution):
+            value, (of_rest, of_stack) = run((trained[0], held[0]), (trained[1], held[1]), rows, keys)
+        loss, metrics = value
+        return (loss, (metrics, buffers)), freezing.join(of_rest, _under(stack.path, of_stack))
+
+    return whole
+
+
+def _parts(blue: Blueprint, stack: Stack, *, padded: bool) -> Parts:
+    """The parts of the model's loss, of pairs of trees: what is trained, and what is frozen."""
+    dtype = blue.config.training.compute_dtype
 
     def model_of(rest: tuple[Tree, Tree] | None, piece: tuple[Tree, Tree] | None) -> Any:
         """The model of some of its parameters; nothing that is run with it reads the zeros in place of the others."""
-        zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, how.compute_dtype), tree)  # noqa: E731
-        outside, stacked = cut(blue.state.params)
+        zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), tree)  # noqa: E731
+        outside, stacked = _cut(blue.state.params, stack.path)
         outside = zeros(outside) if rest is None else freezing.join(*rest)
         stacked = zeros(stacked) if piece is None else freezing.join(*piece)
         buffers = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), blue.state.buffers)
-        return model_in(how.compute_dtype, blue.graphdef, freezing.join(outside, _under(path, stacked)), buffers)
+        return model_in(dtype, blue.graphdef, freezing.join(outside, _under(stack.path, stacked)), buffers)
 
     def before(rest: Tree, rows: Tree, key: Any) -> tuple[Tree, Tree, Tree]:
         return tuple(model_of(rest, None).before(rows, key))
@@ -54,51 +76,37 @@ def pipelined(blue: Blueprint) -> Callable[..., tuple[tuple[jax.Array, tuple[dic
     def blocks(piece: Tree, stream: Tree, beside: Tree, own: Tree, there: jax.Array) -> tuple[Tree, Tree]:
         def apply_there(block: Any, stream: Tree, beside: Tree, own: Tree) -> tuple[Tree, Tree]:
             own, there = own
-            after, report = apply(block, stream, beside, own)
+            after, report = stack.apply(block, stream, beside, own)
             after = jax.tree.map(lambda new, old: jnp.where(there, new, old), after, stream)
             return after, jax.tree.map(lambda value: jnp.where(there, value, 0), report)
 
-        padded = bool(count % schedule.stages)
-        module = functools.reduce(getattr, path, model_of(None, piece))
+        module = functools.reduce(getattr, stack.path, model_of(None, piece))
         run = functools.partial(run_stack, module, stream, there.size, beside=beside)
-        stream, reports = run(apply_there, (own, there)) if padded else run(apply, own)
+        stream, reports = run(apply_there, (own, there)) if padded else run(stack.apply, own)
         return stream, jax.tree.map(lambda each: jnp.sum(each, axis=0), reports)
 
     def after(rest: Tree, stream: Tree, report: Tree, beside: Tree, rows: Tree) -> Any:
         return model_of(rest, None).after(stream, report, beside, rows)
 
-    parts = Parts(before, blocks, after)
+    return Parts(before, blocks, after)
 
-    def lay_out(rest: Tree, pieces: Tree) -> tuple[Tree, Tree]:
-        lay = axes.shard_gradient
-        of_pieces = jax.tree.map(lambda leaf, names: lay(leaf, None, *names), pieces, names_stack)
-        return jax.tree.map(lambda leaf, names: lay(leaf, *names), rest, names_rest), of_pieces
 
-    of = {"axis": blue.plan.pipeline_axis, "dtype": how.gradient_dtype, "lay_out": lay_out}
-    run = value_and_grad(parts, schedule, count, blue.mesh, **of)
+def _prepared(
+    blue: Blueprint, params: Tree, buffers: Tree, batch: dict[str, jax.Array], key: jax.Array
+) -> tuple[Tree, Any]:
+    """The rows of each microbatch with their noise, and its key."""
+    assert blue.plan.pipeline is not None
+    count = blue.plan.pipeline.microbatches
+    # row r goes to microbatch r % count: a device keeps its own rows
+    split = {name: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
 
-    def whole(params: Tree, buffers: Tree, batch: dict[str, jax.Array], key: jax.Array) -> Any:
-        rows, keys = prepared(params, buffers, batch, key)
-        trained, held = (cut(in_dtype(tree, how.compute_dtype)) for tree in blue.split(params))
-        with execution(blue.execution):
-            value, (of_rest, of_stack) = run((trained[0], held[0]), (trained[1], held[1]), rows, keys)
-        loss, metrics = value
-        return (loss, (metrics, buffers)), freezing.join(of_rest, _under(path, of_stack))
+    def prepare(part: tuple[dict[str, jax.Array], jax.Array]) -> tuple[Tree, Any]:
+        batch, index = part
+        model = model_in(blue.config.training.compute_dtype, blue.graphdef, params, buffers)
+        return model.prepare(batch, nnx.Rngs(jax.random.fold_in(key, index)), 0)
 
-    def prepared(params: Tree, buffers: Tree, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Tree, Any]:
-        """The rows of each microbatch with their noise, and its key."""
-        # row r goes to microbatch r % count: a device keeps its own rows
-        split = {name: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
-
-        def prepare(part: tuple[dict[str, jax.Array], jax.Array]) -> tuple[Tree, Any]:
-            batch, index = part
-            model = model_in(how.compute_dtype, blue.graphdef, params, buffers)
-            return model.prepare(batch, nnx.Rngs(jax.random.fold_in(key, index)), 0)
-
-        with execution(blue.running):
-            return jax.lax.map(prepare, (split, jnp.arange(microbatches)))
-
-    return whole
+    with execution(blue.running):
+        return jax.lax.map(prepare, (split, jnp.arange(count)))
 
 
 def _cut(tree: Tree, path: tuple[str, ...]) -> tuple[Tree, Tree]:

@@ -30,12 +30,16 @@ def check(threshold_mb: float | None, mesh: Mesh) -> None:
 def spilled(threshold_mb: float | None, tree: Any, shardings: Any) -> Any:
     """The shardings with those arrays in the host's memory of which a device's part has at least so many MB."""
 
+    if threshold_mb is None:
+        return shardings
+    least = threshold_mb * 1e6
+
     def place(leaf: Any, where: NamedSharding) -> NamedSharding:
         part = math.prod(where.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
         # a scalar stays: XLA computes with it on the device whatever its place
-        return where.with_memory_kind(HOST) if leaf.ndim and part >= threshold_mb * 1e6 else where
+        return where.with_memory_kind(HOST) if leaf.ndim and part >= least else where
 
-    return shardings if threshold_mb is None else jax.tree.map(place, tree, shardings)
+    return jax.tree.map(place, tree, shardings)
 
 
 def fetched(tree: Any, shardings: Any) -> Any:

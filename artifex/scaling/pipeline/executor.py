@@ -15,6 +15,7 @@ the devices of a stage talk to each other, and every collective must be met by a
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,8 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from artifex.scaling import axes
-from artifex.scaling.pipeline.schedules import Schedule, tables
+from artifex.scaling.pipeline.schedules import Schedule, Tables, tables
+from artifex.scaling.pipeline.sharing import Shared
 from artifex.scaling.strategies import PipelineParallelStrategy
 
 Tree = Any
@@ -101,22 +103,27 @@ def value_and_grad(
     """
     table, place = tables(schedule), Layers(layers, schedule)
 
+    def on_device(rest: Tree, stack: Tree, rows: Tree, keys: Any) -> Any:
+        stack = jax.tree.map(lambda leaf: leaf[:, 0], stack)  # this device's: (stages, layers of a stage, ...)
+        index, share = jax.lax.axis_index(axis), Shared.of(axis, schedule.devices, rows)
+        device = _Device(parts, place, axis, index, share, dtype, lay_out, rest, stack, rows, keys)
+        sums, (of_rest, of_stack) = device.all_ticks(table)
+        return sums, (of_rest, jax.tree.map(lambda leaf: leaf[:, None], of_stack))
+
     def run(rest: Tree, stack: Tree, rows: Tree, keys: Any) -> Any:
-        by_stage = jax.tree.map(place.by_stage, stack)
-        of_stack, whole = PartitionSpec(None, axis), PartitionSpec()
-        device = _Device(parts, schedule, place, table.columns, axis, dtype, lay_out, (table.streams, table.gradients))
+        by_stage, whole = PartitionSpec(None, axis), PartitionSpec()
         (weight, sums), (of_rest, of_stage) = jax.shard_map(
-            device.all_ticks,
+            on_device,
             mesh=mesh,
-            in_specs=(whole, of_stack, whole, whole),
-            out_specs=(whole, (whole, of_stack)),
+            in_specs=(whole, by_stage, whole, whole),
+            out_specs=(whole, (whole, by_stage)),
             axis_names={axis},
             check_vma=False,
-        )(rest, by_stage, rows, keys)
-        weight_or_1 = jnp.maximum(weight, 1.0)
-        loss, metrics = jax.tree.map(lambda total: total / weight_or_1.astype(total.dtype), sums)
+        )(rest, jax.tree.map(place.by_stage, stack), rows, keys)
         gradients = (of_rest, jax.tree.map(place.joined, of_stage))
-        gradients = jax.tree.map(lambda total: total / weight_or_1.astype(total.dtype), gradients)
+        weight_or_1 = jnp.maximum(weight, 1.0)
+        mean = lambda total: total / weight_or_1.astype(total.dtype)  # noqa: E731
+        (loss, metrics), gradients = jax.tree.map(mean, (sums, gradients))
         return (loss, metrics | {"weight": weight}), gradients
 
     return run
@@ -124,188 +131,130 @@ def value_and_grad(
 
 @dataclasses.dataclass(frozen=True)
 class _Device:
-    """What one device of the pipeline does, tick by tick; the same program on all."""
+    """What one device of the pipeline does, tick by tick; the same program on all.
+
+    A state is a stream and the sum of what layers have reported so far. Of what is passed on, kept and summed the
+    layout is always given: XLA asks both branches of a conditional for one layout.
+    """
 
     parts: Parts
-    schedule: Schedule
     place: Layers
-    columns: dict[str, np.ndarray]
     axis: str
+    index: jax.Array
+    share: Shared
     dtype: Any
     lay_out: Callable[[Tree, Tree], tuple[Tree, Tree]]
-    slots: tuple[int, int]
+    rest: Tree
+    stack: Tree
+    rows: Tree
+    keys: Any
 
-    def all_ticks(self, rest: Tree, stack: Tree, rows: Tree, keys: Any) -> Any:
+    @functools.cached_property
+    def state(self) -> Tree:
+        """Shapes and dtypes of a state."""
+
+        def enter_and_leave(rest: Tree, stack: Tree, rows: Tree, key: Any) -> Tree:
+            stream, beside, per_layer = self.parts.before(rest, rows, key)
+            own = jax.tree.map(lambda leaf: leaf[: self.place.each], per_layer)
+            return self.parts.blocks(_at(stack, 0), stream, beside, own, jnp.ones(self.place.each, bool))
+
+        return jax.eval_shape(enter_and_leave, self.rest, self.stack, *self.microbatch(0))
+
+    def microbatch(self, m: Any) -> tuple[Tree, Any]:
+        """Rows and key of a microbatch."""
+        return _at(self.rows, m), None if self.keys is None else self.keys[m]
+
+    def all_ticks(self, table: Tables) -> tuple[Tree, Tree]:
         """Sums of weights, losses and metrics over all microbatches, and of gradients."""
-        S, between = self.schedule.devices, PipelineParallelStrategy(num_stages=self.schedule.devices)
-        # with several stages each, the last device goes on at the first
-        around = [(S - 1, 0)] if self.schedule.stages_per_device > 1 else []
-        on = between.get_forward_communication_pattern() + around
-        back = between.get_backward_communication_pattern() + [(to, of) for of, to in around]
-        index = jax.lax.axis_index(self.axis)
-        stack = jax.tree.map(lambda leaf: leaf[:, 0], stack)  # this device's: (V, layers of a stage, ...)
-        of_microbatch = lambda m: (_at(rows, m), None if keys is None else keys[m])  # noqa: E731
+        blank = self.laid(_zeros(self.state))
+        streams, waiting = (self.laid(_zeros(self.state, slots + 1)) for slots in (table.streams, table.gradients))
+        none = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, self.dtype), (self.rest[0], self.stack[0]))
+        sums = _zeros(jax.eval_shape(lambda state, m: self.ended(state, m)[0], self.state, jnp.int32(0)))
+        start = (blank, blank, streams, waiting, self.lay_out(*none), sums)
+        columns = {name: jnp.asarray(column) for name, column in table.columns.items()}
+        (*_, gradients, sums), _ = jax.lax.scan(self.tick, start, columns)
+        sums, of_rest = self.share.total((sums, gradients[0]))
+        return sums, (of_rest, gradients[1])
 
-        def stage(rest: Tree, piece: Tree, state: Tree, v: jax.Array, m: jax.Array) -> Tree:
-            """The state, a stream and the sum of reports so far, after a stage."""
-            stream, beside, per_layer = self.parts.before(rest, *of_microbatch(m))
-            first = (index == 0) & (v == 0)
-            state = jax.tree.map(lambda new, old: jnp.where(first, new, old), (stream, _zeros(state[1])), state)
-            layer, there = (jnp.asarray(of)[v, index] for of in self.place.places())
-            own = jax.tree.map(lambda leaf: leaf[layer], per_layer)
-            stream, report = self.parts.blocks(piece, state[0], beside, own, there)
-            return self._laid((stream, jax.tree.map(jnp.add, state[1], report)))
+    def tick(self, carry: tuple, row: dict[str, jax.Array]) -> tuple[tuple, None]:
+        """Take in what has arrived, go forwards, end a microbatch, go backwards, and pass on."""
+        arrived, returned, streams, waiting, gradients, sums = carry
+        mine = {name: column[self.index] for name, column in row.items()}
+        streams, waiting = _put(streams, arrived, mine["stream_to"]), _put(waiting, returned, mine["gradient_to"])
+        blank = lambda: self.laid(_zeros(self.state))  # noqa: E731
+        state = jax.lax.cond(mine["any_forward"] == 1, lambda: self.forward(streams, mine), blank)
 
-        def end(rest: Tree, state: Tree, m: jax.Array, share: Tree) -> tuple[jax.Array, Any]:
-            rows, key = of_microbatch(m)
-            rows = share(rows)
-            _, beside, _ = self.parts.before(rest, rows, key)
-            report = jax.tree.map(lambda total: total / self.place.count, state[1])
-            loss, metrics = self.parts.after(rest, state[0], report, beside, rows)
+        def end() -> tuple:
+            more, of_rest, of_state = self.ended(state, mine["ended"])
+            added = self.lay_out(_add(gradients[0], of_rest), gradients[1])
+            return _add(sums, more), added, self.laid(_put(waiting, of_state, mine["end_to"]))
+
+        still = lambda: (sums, self.lay_out(*gradients), self.laid(waiting))  # noqa: E731
+        sums, gradients, waiting = jax.lax.cond(mine["ends"] == 1, end, still)
+        gradients, of_state = jax.lax.cond(
+            mine["any_backward"] == 1,
+            lambda: self.backward(streams, waiting, gradients, mine),
+            lambda: (self.lay_out(*gradients), blank()),
+        )
+        on, back = self.place.schedule.sends()
+        arrived = jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, self.axis, on), state)
+        returned = jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, self.axis, back), of_state)
+        return (arrived, returned, streams, waiting, gradients, sums), None
+
+    def forward(self, streams: Tree, mine: dict[str, jax.Array]) -> Tree:
+        """The state that leaves this tick's stage."""
+        v, m = mine["forward_v"], mine["forward_m"]
+        return self.stage(self.rest, _at(self.stack, v), _at(streams, mine["forward_from"]), v, m)
+
+    def backward(self, streams: Tree, waiting: Tree, gradients: Tree, mine: dict[str, jax.Array]) -> tuple[Tree, Tree]:
+        """The sums of gradients with those of this tick's stage added, and that of the state that entered it."""
+        v, m, there = mine["backward_v"], mine["backward_m"], mine["backward"] == 1
+        trained, held = (_at(side, v) for side in self.stack)
+        _, pull = jax.vjp(
+            lambda rest, piece, state: self.stage((rest, self.rest[1]), (piece, held), state, v, m),
+            self.rest[0],
+            trained,
+            _at(streams, mine["backward_from"]),
+        )
+        of_rest, of_piece, of_state = pull(_at(waiting, mine["gradient_from"]))
+        of_rest, of_piece = jax.tree.map(lambda g: jnp.where(there, g, 0), (of_rest, of_piece))
+        pieces = jax.tree.map(lambda total, g: total.at[v].add(g.astype(total.dtype)), gradients[1], of_piece)
+        return self.lay_out(_add(gradients[0], of_rest), pieces), self.laid(of_state)
+
+    def stage(self, rest: Tree, piece: Tree, state: Tree, v: jax.Array, m: jax.Array) -> Tree:
+        """The state after a stage, of the one before it or, at the first, of what enters the stack."""
+        stream, beside, per_layer = self.parts.before(rest, *self.microbatch(m))
+        first = (self.index == 0) & (v == 0)
+        state = jax.tree.map(lambda new, old: jnp.where(first, new, old), (stream, _zeros(state[1])), state)
+        layer, there = (jnp.asarray(of)[v, self.index] for of in self.place.places())
+        own = jax.tree.map(lambda leaf: leaf[layer], per_layer)
+        stream, report = self.parts.blocks(piece, state[0], beside, own, there)
+        return self.laid((stream, jax.tree.map(jnp.add, state[1], report)))
+
+    def ended(self, state: Tree, m: jax.Array) -> tuple[Tree, Tree, Tree]:
+        """What comes after the stack, of the microbatch that the last device has ended: its weight and weighed loss and
+        metrics, the gradients of parameters outside of the stack, and that of the state."""
+        stream, report = self.share.of_last(state, self.index)
+        rows, key = self.microbatch(m)
+        rows = self.share.rows(rows)
+
+        def weighed(rest: Tree, stream: Tree, report: Tree) -> tuple[jax.Array, Tree]:
+            _, beside, _ = self.parts.before((rest, self.rest[1]), rows, key)
+            mean = jax.tree.map(lambda total: total / self.place.count, report)
+            loss, metrics = self.parts.after((rest, self.rest[1]), stream, mean, beside, rows)
             weight = metrics.pop("weight")
-            return loss * weight, (weight, (loss * weight, jax.tree.map(lambda mean: mean * weight, metrics)))
+            return loss * weight, (weight, jax.tree.map(lambda mean: mean * weight, (loss, metrics)))
 
-        nothing = jax.eval_shape(self._empty, rest, stack, *of_microbatch(0))
-        share = _Shared.of(self.axis, S, jax.tree.leaves(rows)[0].shape[1])
-
-        def ended(rest: Tree, state: Tree, m: jax.Array) -> Any:
-            """Sums, gradients of `rest`, and of the last stage's stream on all devices, of one microbatch."""
-            mine = share.of_last(state, index == S - 1)
-            of_rest, of_state, sums = _pulled(lambda r, s: end((r, rest[1]), s, m, share.rows), rest[0], mine)
-            return share.masked(sums, index), share.masked(of_rest, index), share.back(of_state, index)
-
-        sums_like = jax.eval_shape(lambda *args: ended(*args)[0], rest, nothing, jnp.int32(0))
-
-        def tick(carry: Tree, row: dict[str, jax.Array]) -> tuple[Tree, None]:
-            arrived, returned, streams, waiting, gradients, sums = carry
-            mine = {name: column[index] for name, column in row.items()}
-            streams = _put(streams, arrived, mine["stream_to"])
-            waiting = _put(waiting, returned, mine["gradient_to"])
-
-            def forward() -> Tree:
-                v, m = mine["forward_v"], mine["forward_m"]
-                return stage(rest, _at(stack, v), _at(streams, mine["forward_from"]), v, m)
-
-            # XLA asks both branches of a conditional for one layout, so each result is given its own in both
-            state = jax.lax.cond(mine["any_forward"] == 1, forward, lambda: self._laid(_zeros(nothing)))
-
-            def at_end() -> Tree:
-                new, of_rest, of_state = ended(rest, state, mine["ended"])
-                added = (_add(gradients[0], of_rest), gradients[1])
-                waits = self._laid(_put(waiting, of_state, mine["end_to"]))
-                return jax.tree.map(jnp.add, sums, new), self.lay_out(*added), waits
-
-            sums, gradients, waiting = jax.lax.cond(
-                mine["ends"] == 1, at_end, lambda: (sums, self.lay_out(*gradients), self._laid(waiting))
-            )
-
-            def backward() -> Tree:
-                v, m, there = mine["backward_v"], mine["backward_m"], mine["backward"] == 1
-                held = (rest[1], _at(stack[1], v))
-                _, pull = jax.vjp(
-                    lambda r, piece, state: stage((r, held[0]), (piece, held[1]), state, v, m),
-                    rest[0],
-                    _at(stack[0], v),
-                    _at(streams, mine["backward_from"]),
-                )
-                of_rest, of_piece, of_state = pull(_at(waiting, mine["gradient_from"]))
-                of_rest, of_piece = jax.tree.map(lambda g: jnp.where(there, g, 0), (of_rest, of_piece))
-                pieces = jax.tree.map(lambda total, g: total.at[v].add(g.astype(total.dtype)), gradients[1], of_piece)
-                return self.lay_out(_add(gradients[0], of_rest), pieces), self._laid(of_state)
-
-            gradients, of_state = jax.lax.cond(
-                mine["any_backward"] == 1,
-                backward,
-                lambda: (self.lay_out(*gradients), self._laid(_zeros(nothing))),
-            )
-            arrived = jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, self.axis, on), state)
-            returned = jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, self.axis, back), of_state)
-            return (arrived, returned, streams, waiting, gradients, sums), None
-
-        blank = self._laid(_zeros(nothing))
-        streams, waiting = (self._laid(_zeros(nothing, count + 1)) for count in self.slots)
-        none = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, self.dtype), (rest[0], stack[0]))
-        start = (blank, blank, streams, waiting, self.lay_out(*none), _zeros(sums_like))
-        columns = {name: jnp.asarray(column) for name, column in self.columns.items()}
-        (*_, gradients, sums), _ = jax.lax.scan(tick, start, columns)
-        sums, of_rest = share.total((sums, gradients[0]))
-        return sums, (of_rest, jax.tree.map(lambda leaf: leaf[:, None], gradients[1]))
-
-    def _empty(self, rest: Tree, stack: Tree, rows: Tree, key: Any) -> Tree:
-        """A state, for its shapes: what enters a stage and leaves it."""
-        stream, beside, per_layer = self.parts.before(rest, rows, key)
-        piece = jax.tree.map(lambda leaf: leaf[0], stack)
-        own = jax.tree.map(lambda leaf: leaf[: self.place.each], per_layer)
-        return self.parts.blocks(piece, stream, beside, own, jnp.ones(self.place.each, bool))
+        of_each, sums = jax.grad(weighed, argnums=(0, 1, 2), has_aux=True)(self.rest[0], stream, report)
+        of_rest, *of_state = of_each
+        return (*self.share.counted((sums, of_rest), self.index), self.share.back(tuple(of_state), self.index))
 
     @staticmethod
-    def _laid(state: Tree) -> Tree:
-        """Streams, or several of them under leading dims, laid out by their names."""
+    def laid(state: Tree) -> Tree:
+        """States, or several of them under leading dims, with their streams laid out by their names."""
         stream, report = state
         names = ("batch", "sequence", "hidden")
         return jax.tree.map(lambda x: axes.shard(x, *(None,) * (x.ndim - 3), *names), stream), report
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shared:
-    """How the devices of a pipeline share what comes after its stack: `ways` parts of the rows of a microbatch, row r
-    in part r % ways, so that rows that lie on one data-parallel device stay there. With 1 way all compute all, and one
-    counts: in the time in which one alone would."""
-
-    axis: str
-    ways: int
-
-    @classmethod
-    def of(cls, axis: str, devices: int, rows: int) -> _Shared:
-        split = axes.most_ways("batch")
-        return cls(axis, devices if rows % (devices * split) == 0 else 1)
-
-    def rows(self, tree: Tree) -> Tree:
-        """This device's part of rows."""
-        if self.ways == 1:
-            return tree
-        index = jax.lax.axis_index(self.axis)
-        return jax.tree.map(lambda x: _rows(jax.lax.dynamic_index_in_dim(self._cut(x), index, 1, keepdims=False)), tree)
-
-    def of_last(self, state: Tree, last: jax.Array) -> Tree:
-        """This device's part of the rows of the stream of the `last` device, and its report."""
-        stream, report = state
-        report = self.total(jax.tree.map(lambda x: jnp.where(last, x, 0), report))
-        if self.ways == 1:
-            return self.total(jax.tree.map(lambda x: jnp.where(last, x, 0), stream)), report
-        # every device sends as much, and what the last one sent is taken: the bytes of a reduce-scatter, without a sum
-        parts = lambda x: jax.lax.all_to_all(self._cut(x), self.axis, 1, 1, tiled=True)  # noqa: E731
-        return jax.tree.map(lambda x: _rows(parts(x)[:, -1]), stream), report
-
-    def masked(self, tree: Tree, index: jax.Array) -> Tree:
-        """What counts of each device, so that the sum over devices is that of all rows."""
-        return tree if self.ways > 1 else jax.tree.map(lambda x: jnp.where(index == 0, x, 0), tree)
-
-    def back(self, state: Tree, index: jax.Array) -> Tree:
-        """The gradient of all rows of the stream, and of the report."""
-        stream, report = state
-        report = self.total(self.masked(report, index))
-        if self.ways == 1:
-            return stream, report
-        whole = lambda x: jax.lax.all_gather(x, self.axis, axis=1)  # noqa: E731
-        return jax.tree.map(lambda x: whole(x).reshape(-1, *x.shape[1:]), stream), report
-
-    def total(self, tree: Tree) -> Tree:
-        """The sum over all devices, in float32: XLA for CPUs has none of 16 bits where others axes are automatic."""
-        return jax.tree.map(lambda x: jax.lax.psum(x.astype(jnp.float32), self.axis).astype(x.dtype), tree)
-
-    def _cut(self, x: jax.Array) -> jax.Array:
-        return x.reshape(-1, self.ways, *x.shape[1:])
-
-
-def _pulled(function: Callable, *args: Tree) -> tuple[Any, ...]:
-    """The gradients of a function's first result, and its second."""
-    gradients, aux = jax.grad(function, argnums=tuple(range(len(args))), has_aux=True)(*args)
-    return *gradients, aux
-
-
-def _rows(x: jax.Array) -> jax.Array:
-    return axes.shard(x, "batch", *(None,) * (x.ndim - 1))
 
 
 def _at(tree: Tree, index: Any) -> Tree:

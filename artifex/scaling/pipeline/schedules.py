@@ -20,6 +20,8 @@ from typing import Literal
 
 import numpy as np
 
+from artifex.scaling.strategies import PipelineParallelStrategy
+
 Kind = Literal["gpipe", "1f1b", "interleaved"]
 Turn = tuple[int, int]  # a microbatch and a stage
 
@@ -91,6 +93,14 @@ class Schedule:
                 assert grid[tick][turn[1] % self.devices][way] is None, "a device takes one turn each way"
                 grid[tick][turn[1] % self.devices][way] = turn
         return tuple(tuple(tuple(pair) for pair in row) for row in grid)
+
+    def sends(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """(sender, receiver) of streams and of gradients; with several stages each, the last device goes on at the
+        first."""
+        strategy = PipelineParallelStrategy(num_stages=self.devices)
+        around = [(self.devices - 1, 0)] if self.stages_per_device > 1 else []
+        on, back = strategy.get_forward_communication_pattern(), strategy.get_backward_communication_pattern()
+        return on + around, back + [(receiver, sender) for sender, receiver in around]
 
     def time(self, forward: float = 1.0, backward: float = 2.0) -> float:
         """How long all ticks take, where a stage takes `forward` and `backward` for a microbatch: a tick waits for its
