@@ -73,7 +73,7 @@ def flops(preset: str, mesh: str | None, program: str) -> float:
 
 
 # tensor parallelism splits no convolution, nor a vocabulary of 257, that of bytes and a mask
-WHOLE_UNDER_TENSOR = {"masked-nano", "unet-digits", "latent-dit-digits", "vae-digits", "vq-digits"}
+WHOLE_UNDER_TENSOR = {"masked-nano"}
 ALL = [
     (preset, mesh) for preset in FAMILIES for mesh in MESHES if "tensor" not in mesh or preset not in WHOLE_UNDER_TENSOR
 ]

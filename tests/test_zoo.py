@@ -42,7 +42,6 @@ ZOO = {
     "dit-digits": {},
     "latent-dit-digits": {},
 }
-CONVOLUTIONAL = {name for name in ZOO if name.endswith("digits") and "dit" not in name}
 MESHES = {
     "data": {"data": 8},
     "fsdp": {"fsdp": 8},
@@ -50,7 +49,7 @@ MESHES = {
     "data-fsdp": {"data": 2, "fsdp": 4},
     "data-fsdp-tensor": {"data": 2, "fsdp": 2, "tensor": 2},
 }
-EVERY_DAY = "data-fsdp-tensor"  # for convolutional models, which tensor parallelism splits nothing of: data-fsdp
+EVERY_DAY = "data-fsdp-tensor"
 
 
 def config(preset: str, **device) -> Config:
@@ -124,12 +123,6 @@ def test_validation_is_the_same_each_time(alone):
 )
 def test_training_on_a_mesh_equals_one_device(alone, mesh, tmp_path):
     preset, blue, _, losses, _ = alone
-    if preset in CONVOLUTIONAL and "tensor" in MESHES[mesh]:
-        with pytest.raises(ValueError, match=f"'tensor' of . devices splits nothing of '{preset}'"):
-            on(preset, **MESHES[mesh])
-        if mesh != EVERY_DAY:
-            return
-        mesh = "data-fsdp"
     spread = on(preset, **MESHES[mesh])
     state, got, _ = trained(spread, 4)
     np.testing.assert_allclose(got, losses[:4], rtol=2e-4)

@@ -1,12 +1,18 @@
 """Convolutions, resampling and group norm on images with channels last, every parameter named.
 
+Where a mesh divides layers, each device computes some output channels of a convolution, and they are gathered behind
+it. Of two in a row that nothing else reads between, the first leaves its outputs apart (`conv_hidden`) and the second
+sums over them, so that the two need one all-reduce (Shoeybi et al. 2019, arXiv:1909.08053). One whose outputs do not
+divide, such as the last with its 3, sums over its inputs as well.
+
 Dims: B batch, H height, W width, C channels, I and O channels in and out.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +22,39 @@ from artifex.models.layers import parameter
 from artifex.scaling import axes
 
 NHWC = ("NHWC", "HWIO", "NHWC")
+PIXELS = ("batch", "height", "width")
 
 
 def image(x_BHWC: jax.Array) -> jax.Array:
     """A feature map, laid out by its names."""
-    return axes.shard(x_BHWC, "batch", "height", "width", "channels")
+    return axes.shard(x_BHWC, *PIXELS, "channels")
+
+
+def apart(x_BHWC: jax.Array) -> jax.Array:
+    """A feature map of which each device has some channels."""
+    return axes.shard(x_BHWC, *PIXELS, "act_channels")
+
+
+def by_channels(
+    convolve: Callable[[jax.Array, jax.Array], jax.Array],
+    x_BHWI: jax.Array,
+    kernel: jax.Array,
+    bias: nnx.Param | None,
+    names: Sequence[str],
+) -> jax.Array:
+    """`convolve(x, kernel)` plus bias, each device with the channels that the rules give it; `names` are those of I, O.
+
+    Both ends are constrained: told of one alone, XLA may gather the kernel and have every device compute all.
+    """
+    if names[1] == "conv_hidden":
+        return apart(_plus(convolve(image(x_BHWI), kernel), bias))
+    if names[0] == "conv_hidden" or not axes.activation_axes("act_channels", kernel.shape[-1]):
+        return image(_plus(image(convolve(apart(x_BHWI), kernel)), bias))
+    return image(_plus(apart(convolve(image(x_BHWI), kernel)), bias))
+
+
+def _plus(y_BHWO: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    return y_BHWO if bias is None else y_BHWO + bias[...][None, None, None]
 
 
 class Conv(nnx.Module):
@@ -43,7 +77,7 @@ class Conv(nnx.Module):
         scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
-        self.stride = stride
+        self.stride, self.names = stride, tuple(names)
         self.padding = padding if padding is not None else ((size - 1) // 2, size // 2)
         std = math.sqrt(scale / (size * size * inputs)) / 0.8796  # the deviation of a unit normal cut at 2
         value = std * jax.random.truncated_normal(rngs.params(), -2, 2, (size, size, inputs, outputs))
@@ -51,8 +85,8 @@ class Conv(nnx.Module):
         self.bias = parameter(jnp.zeros(outputs), names[1]) if bias else None
 
     def __call__(self, x_BHWI: jax.Array) -> jax.Array:
-        y_BHWO = convolve(x_BHWI, self.kernel[...], self.stride, self.padding)
-        return y_BHWO if self.bias is None else y_BHWO + self.bias[...][None, None, None]
+        run = functools.partial(convolve, stride=self.stride, padding=self.padding)
+        return by_channels(run, x_BHWI, self.kernel[...], self.bias, self.names)
 
 
 def convolve(x_BHWI: jax.Array, kernel: jax.Array, stride: int, padding: tuple[int, int]) -> jax.Array:
@@ -65,13 +99,15 @@ def convolve(x_BHWI: jax.Array, kernel: jax.Array, stride: int, padding: tuple[i
 class GroupNorm(nnx.Module):
     """Each group of channels of each example to mean 0 and deviation 1, in float32, then scale and bias by channel.
 
-    Wu and He 2018 (arXiv:1803.08494). `groups` divides `channels`.
+    Wu and He 2018 (arXiv:1803.08494). `groups` divides `channels`. Named `conv_hidden`, a device norms its own
+    channels; where that cuts through groups, means of channels cross devices, never pixels.
     """
 
     def __init__(self, channels: int, groups: int = 32, *, eps: float = 1e-5, name: str = "conv_out"):
         if channels % groups:
             raise ValueError(f"{channels} channels do not divide into {groups} groups; choose a divisor")
         self.groups, self.eps = groups, eps
+        self.channels = "act_channels" if name == "conv_hidden" else "channels"
         self.scale = parameter(jnp.ones(channels), name)
         self.bias = parameter(jnp.zeros(channels), name)
 
@@ -81,8 +117,12 @@ class GroupNorm(nnx.Module):
         x32 = x_BHWC.astype(jnp.float32).reshape(x_BHWC.shape[0], -1, x_BHWC.shape[-1])
         x32 = x32 - self._over_group(jnp.mean(x32, axis=1))
         variance = self._over_group(jnp.mean(jnp.square(x32), axis=1))
-        scale = jax.lax.rsqrt(variance + self.eps) * self.scale[...].astype(jnp.float32)[None, None]
-        y = x32 * scale + self.bias[...].astype(jnp.float32)[None, None]
+        # as the image: else XLA splits what is whole as the weights are split, and gathers images
+        scale_C, bias_C = (
+            axes.shard(weight[...].astype(jnp.float32), self.channels) for weight in (self.scale, self.bias)
+        )
+        scale = jax.lax.rsqrt(variance + self.eps) * scale_C[None, None]
+        y = x32 * scale + bias_C[None, None]
         return y.reshape(x_BHWC.shape).astype(x_BHWC.dtype)
 
     def _over_group(self, mean_BC: jax.Array) -> jax.Array:
@@ -115,9 +155,13 @@ class UpConv(nnx.Module):
         self.bias = parameter(jnp.zeros(outputs), "conv_out")
 
     def __call__(self, x_BHWI: jax.Array) -> jax.Array:
-        kernel = self.kernel[...]
-        taps = [[kernel[row::2, column::2] for column in range(2)] for row in range(2)]
-        return phase_convolve(x_BHWI, taps) + self.bias[...][None, None, None]
+        return by_channels(transposed_convolve, x_BHWI, self.kernel[...], self.bias, ("conv_in", "conv_out"))
+
+
+def transposed_convolve(x_BHWI: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`jax.lax.conv_transpose` of stride 2 with a (4, 4, I, O) kernel: (B, 2H, 2W, O)."""
+    taps = [[kernel[row::2, column::2] for column in range(2)] for row in range(2)]
+    return phase_convolve(x_BHWI, taps)
 
 
 def upsampled_convolve(x_BHWI: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -11,7 +11,8 @@ from flax import nnx
 
 from artifex.models import layers
 from artifex.models.attention import dot_product_attention
-from artifex.models.convolution import Conv, GroupNorm, image, upsampled_convolve
+from artifex.models.convolution import Conv, GroupNorm, by_channels, image, upsampled_convolve
+from artifex.scaling import axes
 
 
 class ResnetBlock(nnx.Module):
@@ -38,15 +39,15 @@ class ResnetBlock(nnx.Module):
     ):
         self.scale_shift, self.rate = scale_shift, dropout
         self.norm1 = GroupNorm(inputs, groups, eps=eps)
-        self.conv1 = Conv(inputs, outputs, rngs=rngs)
+        self.conv1 = Conv(inputs, outputs, names=("conv_in", "conv_hidden"), rngs=rngs)
         width = 2 * outputs if scale_shift else outputs
         self.condition = (
             None
             if condition is None
-            else layers.Linear((condition, width), ("condition", "conv_out"), bias=True, rngs=rngs)
+            else layers.Linear((condition, width), ("condition", "conv_hidden"), bias=True, rngs=rngs)
         )
-        self.norm2 = GroupNorm(outputs, groups, eps=eps)
-        self.conv2 = Conv(outputs, outputs, scale=out_scale, rngs=rngs)
+        self.norm2 = GroupNorm(outputs, groups, eps=eps, name="conv_hidden")
+        self.conv2 = Conv(outputs, outputs, names=("conv_hidden", "conv_out"), scale=out_scale, rngs=rngs)
         self.shortcut = Conv(inputs, outputs, 1, rngs=rngs) if inputs != outputs else None
 
     def __call__(self, x_BHWC: jax.Array, c_BE: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
@@ -88,19 +89,39 @@ class SpatialAttention(nnx.Module):
             raise ValueError(f"{channels} channels do not divide into {heads} attention heads; choose a divisor")
         self.heads = heads
         self.norm = GroupNorm(channels, groups, eps=eps)
-        shape, names = (channels, channels), ("conv_in", "conv_out")
+        shape, names = (channels, channels), ("conv_in", "conv_hidden")
         self.query = layers.Linear(shape, names, bias=True, rngs=rngs)
         self.key = layers.Linear(shape, names, bias=True, rngs=rngs)
         self.value = layers.Linear(shape, names, bias=True, rngs=rngs)
-        self.out = layers.Linear(shape, names, bias=True, scale=out_scale, rngs=rngs)
+        self.out = layers.Linear(shape, ("conv_hidden", "conv_out"), bias=True, scale=out_scale, rngs=rngs)
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         B, H, W, C = x_BHWC.shape
-        x_BSC = self.norm(x_BHWC).reshape(B, H * W, C)
-        q, k, v = layers.fused(x_BSC, self.query, self.key, self.value)
-        q_BSND, k_BSND, v_BSND = (part.reshape(B, H * W, self.heads, C // self.heads) for part in (q, k, v))
-        mixed = dot_product_attention(q_BSND, k_BSND, v_BSND)
-        return image(x_BHWC + self.out(mixed.reshape(B, H * W, C)).reshape(B, H, W, C))
+        x_BSC = axes.shard(self.norm(x_BHWC).reshape(B, H * W, C), "batch", None, "channels")
+        made = layers.fused(x_BSC, self.query, self.key, self.value)
+        q_BSND, k_BSND, v_BSND = (
+            axes.shard(part, "batch", None, "act_channels").reshape(B, H * W, self.heads, C // self.heads)
+            for part in made
+        )
+        mixed_BSC = _attend(q_BSND, k_BSND, v_BSND).reshape(B, H * W, C)
+        out_BSC = self.out(axes.shard(mixed_BSC, "batch", None, "act_channels"))
+        return image(x_BHWC + image(out_BSC.reshape(B, H, W, C)))
+
+
+def _attend(q_BSND: jax.Array, k_BSND: jax.Array, v_BSND: jax.Array) -> jax.Array:
+    """Attention by heads; where those do not divide over the devices, each takes some of the pixels that ask.
+
+    No query sees another, so that a group of them can stand where a head does, beside others that read the same keys.
+    One head of all channels, as autoencoders have, cannot be split by channels: scores are sums over them, and the
+    S x S of them are more than the queries.
+    """
+    B, S, N, D = q_BSND.shape
+    ways = axes.most_ways("act_heads")
+    if N % ways == 0 or S % ways:
+        return dot_product_attention(q_BSND, k_BSND, v_BSND)
+    grouped = q_BSND.reshape(B, ways, S // ways, N, D).transpose(0, 2, 3, 1, 4)
+    mixed = dot_product_attention(grouped.reshape(B, S // ways, N * ways, D), k_BSND, v_BSND)
+    return mixed.reshape(B, S // ways, N, ways, D).transpose(0, 3, 1, 2, 4).reshape(B, S, N, D)
 
 
 class Downsample(nnx.Module):
@@ -110,7 +131,7 @@ class Downsample(nnx.Module):
         self.conv = Conv(channels, channels, stride=2, padding=padding, rngs=rngs)
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        return image(self.conv(x_BHWC))
+        return self.conv(x_BHWC)
 
 
 class Upsample(nnx.Module):
@@ -120,6 +141,4 @@ class Upsample(nnx.Module):
         self.conv = Conv(channels, channels, rngs=rngs)
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        bias = self.conv.bias
-        assert bias is not None
-        return image(upsampled_convolve(x_BHWC, self.conv.kernel[...]) + bias[...][None, None, None])
+        return by_channels(upsampled_convolve, x_BHWC, self.conv.kernel[...], self.conv.bias, self.conv.names)

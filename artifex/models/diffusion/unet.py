@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from artifex.models.convolution import Conv, GroupNorm, image
+from artifex.models.convolution import Conv, GroupNorm
 from artifex.models.diffusion.blocks import Condition
 from artifex.models.diffusion.networks import UNetConfig
 from artifex.models.resnet import Downsample, ResnetBlock, SpatialAttention, Upsample
@@ -146,7 +146,7 @@ class UNet(nnx.Module):
             )
         keys = itertools.repeat(None) if key is None else iter(jax.random.split(key, self.cfg.residual_blocks))
         c_BE = self.condition(t_B, condition)
-        x_BHWC = image(self.conv_in(x_BHWC.astype(self.conv_in.kernel.dtype)))
+        x_BHWC = self.conv_in(x_BHWC.astype(self.conv_in.kernel.dtype))
         skips = [x_BHWC]
         for down in self.down:
             x_BHWC, made = down(x_BHWC, c_BE, keys)
@@ -154,4 +154,4 @@ class UNet(nnx.Module):
         x_BHWC = self.middle(x_BHWC, c_BE, keys)
         for up in self.up:
             x_BHWC = up(x_BHWC, skips, c_BE, keys)
-        return image(self.conv_out(jax.nn.silu(self.norm_out(x_BHWC)))).astype(jnp.float32)
+        return self.conv_out(jax.nn.silu(self.norm_out(x_BHWC))).astype(jnp.float32)

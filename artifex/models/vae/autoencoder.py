@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from artifex.models.batch import check_images
-from artifex.models.convolution import Conv, GroupNorm, image
+from artifex.models.convolution import Conv, GroupNorm
 from artifex.models.layers import noise_key
 from artifex.models.resnet import Downsample, ResnetBlock, SpatialAttention, Upsample
 from artifex.models.rows import fill_up
@@ -74,7 +74,7 @@ class Encoder(nnx.Module):
         self.conv_out = Conv(last, 2 * cfg.latent_channels, rngs=rngs)
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        h = image(self.conv_in(x_BHWC.astype(self.conv_in.kernel[...].dtype)))
+        h = self.conv_in(x_BHWC.astype(self.conv_in.kernel[...].dtype))
         for level in self.levels:
             h = level(h)
         return self.conv_out(nnx.silu(self.norm_out(self.middle(h))))
@@ -96,7 +96,7 @@ class Decoder(nnx.Module):
         self.conv_out = Conv(widths[-1], cfg.channels, rngs=rngs)
 
     def __call__(self, z_BHWZ: jax.Array) -> jax.Array:
-        h = self.middle(image(self.conv_in(z_BHWZ)))
+        h = self.middle(self.conv_in(z_BHWZ))
         for level in self.levels:
             h = level(h)
         return self.conv_out(nnx.silu(self.norm_out(h)))

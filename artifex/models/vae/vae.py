@@ -58,7 +58,7 @@ class ConvEncoder(nnx.Module):
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         h = x_BHWC.astype(self.convs[0].kernel[...].dtype)
         for conv in self.convs:
-            h = image(nnx.silu(conv(h)))
+            h = nnx.silu(conv(h))
         for block in self.blocks:
             h = block(h)
         return h
@@ -78,7 +78,7 @@ class ConvDecoder(nnx.Module):
         for block in self.blocks:
             h_BHWC = block(h_BHWC)
         for conv in self.convs:
-            h_BHWC = image(conv(nnx.silu(h_BHWC)))
+            h_BHWC = conv(nnx.silu(h_BHWC))
         return h_BHWC
 
 
@@ -151,7 +151,7 @@ class VAE(nnx.Module):
         return self.likelihood.mean(self._outputs(z_BZ))
 
     def _outputs(self, z_BZ: jax.Array) -> jax.Array:
-        h = self.expand(z_BZ.astype(self.expand.kernel[...].dtype))
+        h = image(self.expand(z_BZ.astype(self.expand.kernel[...].dtype)))
         return self.decoder(h).astype(jnp.float32)
 
     def loss(

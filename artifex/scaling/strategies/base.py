@@ -33,7 +33,7 @@ MeshLike = Mesh | Mapping[str, int]
 Table = Literal["params", "gradients", "optimizer"]
 
 REST: tuple[str, ...] = (
-    *("embed", "out_features", "in_features", "conv_out", "conv_in", "conv_hidden", "vocab", "mlp", "expert_mlp"),
+    *("embed", "out_features", "in_features", "conv_out", "conv_hidden", "conv_in", "vocab", "mlp", "expert_mlp"),
     *("heads", "kv_heads", "latent", "codes", "classes", "positions", "head_dim", "experts"),
     *("condition", "context", "frequencies"),
 )

@@ -37,8 +37,9 @@ class TensorParallelStrategy(ShardingStrategy):
 
     @property
     def claims(self) -> Rules:
-        weights = ("vocab", "heads", "kv_heads", "mlp", "expert_mlp", self.shard_dimension)
-        activations = ("act_heads", "act_kv_heads", "act_mlp", "act_vocab")
+        convolutions = ("conv_hidden", "conv_out", "conv_in")  # of a pair its hidden channels, of others what divides
+        weights = ("vocab", "heads", "kv_heads", "mlp", "expert_mlp", *convolutions, self.shard_dimension)
+        activations = ("act_heads", "act_kv_heads", "act_mlp", "act_vocab", "act_channels")
         between = ("sequence",) if self.sequence_parallel else ()
         return Rules.of(
             params=dict.fromkeys(weights, self.axis_name),
