@@ -81,8 +81,6 @@ def cross_entropy(
         picked_BT = jnp.sum(jnp.where(hit_BTV, logits_BTV, 0.0), axis=-1)
         total_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     else:
-        # whole in D, once: else every block's logits would be sums over devices
-        x_BTD = axes.shard(x_BTD, "batch", "sequence", None)
         total_BT, picked_BT = _by_blocks(blocks, x_BTD, axes.shard_parameter(head_DV.T, *HEAD), targets_BT)
     nats_BT = total_BT - picked_BT
     known_BT = (targets_BT >= 0) & (targets_BT < head_DV.shape[1])
@@ -197,7 +195,16 @@ def _by_blocks(
     return by_blocks(x_BTD, head_VD, targets_BT)
 
 
+def _gathered(blocks: Blocks, x_BTD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x and targets as every block's logits need them, once and not in each: x whole in D, both in the positions where
+    the devices that divide those divide the vocabulary here."""
+    beside = {"act_vocab": blocks.vocab}
+    x_BTD = axes.shard(x_BTD, "batch", "sequence", None, beside=beside)
+    return x_BTD, axes.shard(targets_BT, "batch", "sequence", beside=beside)
+
+
 def _sums(blocks: Blocks, x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_BTD, targets_BT = _gathered(blocks, x_BTD, targets_BT)
 
     def add(sums: tuple[jax.Array, ...], part: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
         top_BTS, sum_BTS, picked_BTS = sums
@@ -227,7 +234,12 @@ def _backward(
     blocks: Blocks, kept: tuple[jax.Array, ...], cts_BT: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, None]:
     x_BTD, head_VD, targets_BT, total_BT = kept
-    of_total, of_picked = (ct_BT[..., None, None] for ct_BT in cts_BT)
+    x_BTD, targets_BT = _gathered(blocks, x_BTD, targets_BT)
+    of_tokens = (total_BT, *cts_BT)
+    total_BT, of_total, of_picked = (
+        axes.shard(each_BT, "batch", "sequence", beside={"act_vocab": blocks.vocab}) for each_BT in of_tokens
+    )
+    of_total, of_picked = of_total[..., None, None], of_picked[..., None, None]
     dtypes = (head_VD.dtype, jnp.dtype(current_execution().reduce_dtype or head_VD.dtype))
     sums = max(dtypes, key=lambda dtype: dtype.itemsize)
 

@@ -21,6 +21,7 @@ from flax import nnx
 from artifex.models import cpu
 from artifex.scaling import axes
 from artifex.scaling.execution import current_execution
+from artifex.scaling.local import index, local, parts
 
 
 def parameter(value: jax.Array, *names: str, inputs: int = 0) -> nnx.Param:
@@ -164,15 +165,43 @@ def take_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
     return table.at[ids].get(mode="fill", wrap_negative_indices=False)
 
 
+def take_words(table_VD: jax.Array, ids: jax.Array) -> jax.Array:
+    """`take_rows` of a table whose entries are `vocab`, for ids (B,) or (B, T), which may be split over devices.
+
+    Each takes what lies in its part, zeros for the rest, and the parts are summed, by which no number changes. So the
+    parts are gathered over the devices that divide the batch and not the tokens, and no gather crosses the entries that
+    are split, on which XLA aborts inside a region that is manual over another axis.
+    """
+    count = axes.ways(("act_vocab",), table_VD.shape[:1])[0]
+    if count == 1:
+        return take_rows(table_VD, ids)
+    names = ("batch", "sequence")[: ids.ndim]
+    take = local(
+        _words_of_part, inputs=[("act_vocab", None), (*names, "act_vocab")], outputs=(*names, "act_vocab", None)
+    )
+    of_parts = take(table_VD, jnp.broadcast_to(ids[..., None], (*ids.shape, count)))
+    # jnp.sum would send float32; of the parts all but one are 0
+    return axes.shard(jax.lax.reduce_sum(of_parts, (of_parts.ndim - 2,)), *names, "hidden")
+
+
+def _words_of_part(table_VD: jax.Array, ids: jax.Array) -> jax.Array:
+    size = table_VD.shape[0]
+    place = ids - index("act_vocab") * size
+    here, known = (place >= 0) & (place < size), (ids >= 0) & (ids < parts("act_vocab") * size)
+    rows = take_rows(table_VD, jnp.where(here, place, 0))
+    return jnp.where(here[..., None], rows, jnp.where(known, 0, jnp.nan)[..., None].astype(rows.dtype))
+
+
 class Embed(nnx.Module):
-    """A table of `count` learned vectors."""
+    """A table of `count` learned vectors; `names` are those of its two dims."""
 
     def __init__(self, count: int, features: int, names: Sequence[str], *, std: float = 0.02, rngs: nnx.Rngs):
+        self.take = take_words if names[0] == "vocab" else take_rows
         self.table = parameter(std * jax.random.normal(rngs.params(), (count, features)), *names)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Rows (..., D) for integer `ids` (...); NaN where an id is not in [0, count)."""
-        return take_rows(self.table[...], ids)
+        return self.take(self.table[...], ids)
 
 
 class RMSNorm(nnx.Module):

@@ -368,14 +368,19 @@ def most_ways(name: str) -> int:
     return math.prod(now.sizes[axis] for rule in now.rules.activations if rule.name == name for axis in rule.axes)
 
 
-def shard(x: jax.Array, *names: str | None) -> jax.Array:
+def shard(x: jax.Array, *names: str | None, beside: Mapping[str, int] | None = None) -> jax.Array:
     """Constrain the layout of an activation by the logical axes of its dims (None: never split).
 
-    Without a layout, on one device, it returns `x`. Raises `ValueError` for unknown names or a wrong count.
+    `beside` names further dims, with their sizes, of what is made of x: the mesh axes that split them are left to them,
+    so that x lies as its product will. Without a layout, on one device, it returns `x`. Raises `ValueError` for unknown
+    names or a wrong count.
     """
     check_names(names, x.shape, "activation")
     now = layout()
-    return x if now is None else now.constrain(x, now.spec(names, x.shape))
+    if now is None:
+        return x
+    spec = now.spec((*names, *(beside or ())), (*x.shape, *(beside or {}).values()))
+    return now.constrain(x, PartitionSpec(*spec[: x.ndim]))
 
 
 def shard_parameter(x: jax.Array, *names: str | None, whole: Sequence[int] | None = None) -> jax.Array:
