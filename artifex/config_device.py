@@ -34,7 +34,7 @@ class DeviceConfig(Section):
     )
     tensor: Int = Field(
         default=1,
-        description="devices that divide heads, feed-forward layers and vocabulary; 1 is off, -1 takes the rest",
+        description="devices that divide heads, hidden units, channels and vocabulary; 1 is off, -1 takes the rest",
     )
     expert: Int = Field(
         default=1,
@@ -47,7 +47,7 @@ class DeviceConfig(Section):
         description="what data devices divide besides the batch: 1 the optimizer's state, 2 gradients too (3: fsdp)",
     )
     sequence_parallel: bool = Field(
-        default=False, description="between layers, the tensor devices divide the positions of the stream"
+        default=True, description="between layers, the tensor devices divide the positions of the stream"
     )
     schedule: Literal["gpipe", "1f1b", "interleaved"] = Field(
         default="1f1b", description="the order in which pipeline stages go forwards and backwards"
@@ -93,8 +93,6 @@ class DeviceConfig(Section):
             raise ConfigError(f"{self.mesh_shape} stands beside {listed}; give the shape or the sizes", ("mesh_shape",))
         if self.zero and self.data == 1:
             raise ConfigError(f"is {self.zero}, but data is 1; give data a size, or leave zero at 0", ("zero",))
-        if self.sequence_parallel and self.tensor == 1:
-            raise ConfigError("is set, but tensor is 1; give tensor a size, or leave it off", ("sequence_parallel",))
         return self._check_pipeline()
 
     def _check_pipeline(self) -> Self:

@@ -28,7 +28,7 @@ SMALL: dict[str, Any] = {
     "dit": DiTConfig(8, 3, 6, 10, embed_dim=32, num_layers=2, num_heads=4),
     "mmdit": MMDIT["mmdit-nano"],
 }
-MANY_SIZES = {"conv_in", "conv_out", "kernel", "in_features", "out_features"}
+MANY_SIZES = {"conv_in", "conv_out", "conv_hidden", "kernel", "in_features", "out_features"}
 
 # Totals of the released models; those of DiT count the fixed table of positions, one vector for each patch, which is
 # no parameter of ours.

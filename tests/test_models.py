@@ -39,7 +39,7 @@ LAYOUTS = {
     "linear": ("linear-nano", {"num_kv_heads": 2}),
 }
 
-OF_MANY_SIZES = {"conv_in", "conv_out", "kernel"}  # convolutions differ from level to level
+OF_MANY_SIZES = {"conv_in", "conv_out", "conv_hidden", "kernel"}  # convolutions differ from level to level
 
 # Published sizes: model cards of the checkpoints, counted with tied heads once.
 PUBLISHED = {

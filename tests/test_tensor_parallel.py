@@ -1,13 +1,10 @@
 """Tensor and sequence parallelism: what is split, what it equals, and what crosses devices for it."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from artifex.models import layers
 from artifex.scaling import axes

@@ -21,6 +21,7 @@ from artifex.models.weights_config import section_of
 from artifex.optim import inputs_of, make_optimizer
 from artifex.scaling import placement
 from artifex.scaling.execution import Execution, execution
+from artifex.scaling.fits import check_fits
 from artifex.scaling.plan import Plan
 from artifex.training import freezing
 from artifex.training.precision import carried, in_dtype, model_in
@@ -205,6 +206,7 @@ def blueprint(config: Config, plan: Plan, mesh: Mesh) -> Blueprint:
     placed.ema = state.ema and spilled(threshold, state.ema, placed.ema)
     stack = getattr(abstract, "stack", None)
     _check_stages(config, plan, stack)
+    check_fits(state.params, names, plan)
     _check_no_axis_idle(config, plan, placed.params, names)
     state = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), state, placed

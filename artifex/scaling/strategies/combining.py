@@ -27,7 +27,8 @@ def strategies_for(
     """The strategy that each mesh axis is named after; "model" and "tensor" are both tensor parallelism.
 
     `zero` is the stage of the "data" axis, 0 for plain data parallelism. Raises `ValueError` for an axis named after no
-    strategy, and for settings without their axis: `fsdp_min_weight_size`, `zero`, `sequence_parallel`.
+    strategy, and for settings without their axis: `fsdp_min_weight_size`, `zero`. `sequence_parallel` is how tensor
+    parallelism is done, and says nothing without it.
     """
     known: dict[str, ShardingStrategy] = {
         "pipeline": PipelineParallelStrategy("pipeline"),
@@ -44,7 +45,6 @@ def strategies_for(
     for name, value, of in (
         ("fsdp_min_weight_size", fsdp_min_weight_size, {"fsdp"}),
         ("zero", zero, {"data"}),
-        ("sequence_parallel", sequence_parallel, {"tensor", "model"}),
     ):
         if value and not of & set(mesh_axes):
             raise ValueError(
