@@ -47,14 +47,15 @@ def by_channels(
     Both ends are constrained: told of one alone, XLA may gather the kernel and have every device compute all.
     """
     if names[1] == "conv_hidden":
-        return apart(_plus(convolve(image(x_BHWI), kernel), bias))
+        return apart(_plus(convolve(image(x_BHWI), kernel), bias, "act_channels"))
     if names[0] == "conv_hidden" or not axes.activation_axes("act_channels", kernel.shape[-1]):
-        return image(_plus(image(convolve(apart(x_BHWI), kernel)), bias))
-    return image(_plus(apart(convolve(image(x_BHWI), kernel)), bias))
+        return image(_plus(image(convolve(apart(x_BHWI), kernel)), bias, "channels"))
+    return image(_plus(apart(convolve(image(x_BHWI), kernel)), bias, "act_channels"))
 
 
-def _plus(y_BHWO: jax.Array, bias: nnx.Param | None) -> jax.Array:
-    return y_BHWO if bias is None else y_BHWO + bias[...][None, None, None]
+def _plus(y_BHWO: jax.Array, bias: nnx.Param | None, channels: str) -> jax.Array:
+    # the bias laid out as y: else XLA makes an image of it, and gathers that
+    return y_BHWO if bias is None else y_BHWO + axes.shard(bias[...], channels)[None, None, None]
 
 
 class Conv(nnx.Module):

@@ -103,9 +103,9 @@ class SpatialAttention(nnx.Module):
             axes.shard(part, "batch", None, "act_channels").reshape(B, H * W, self.heads, C // self.heads)
             for part in made
         )
-        mixed_BSC = _attend(q_BSND, k_BSND, v_BSND).reshape(B, H * W, C)
-        out_BSC = self.out(axes.shard(mixed_BSC, "batch", None, "act_channels"))
-        return image(x_BHWC + image(out_BSC.reshape(B, H, W, C)))
+        mixed_BHWC = _attend(q_BSND, k_BSND, v_BSND).reshape(B, H, W, C)
+        names = ("conv_hidden", "conv_out")
+        return image(x_BHWC + by_channels(layers.product, mixed_BHWC, self.out.kernel[...], self.out.bias, names))
 
 
 def _attend(q_BSND: jax.Array, k_BSND: jax.Array, v_BSND: jax.Array) -> jax.Array:
