@@ -80,9 +80,14 @@ PROVOKED = [  # one for each row of the page's table of errors
     lambda: Plan.from_device(DeviceConfig(fsdp=8), 8).check_batch(12),
     lambda: dry_run(
         Config.from_dict(
-            {"model": {"name": "unet-digits"}, "data": {"source": "digits"}, "device": {"tensor": 8}},
+            {
+                "model": {"name": "unet-digits", "network": {"block_channels": [6, 6], "groups": 2}},
+                "data": {"source": "digits"},
+                "device": {"tensor": 8},
+            },
         )
     ),
+    lambda: dry_run(Config.from_dict({"model": {"num_heads": 6, "embed_dim": 96}, "device": {"data": 2, "tensor": 4}})),
     lambda: sharding.combine({"data": data, "tensor": sharding.TensorParallelStrategy("data")}),
     lambda: sharding.combine({"wide": tensor, "narrow": sharding.TensorParallelStrategy("narrow")}),
     lambda: on_a_mesh(data=data, tensor=tensor, pipe=sharding.PipelineParallelStrategy("pipeline")),

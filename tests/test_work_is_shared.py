@@ -27,9 +27,9 @@ FAMILIES = {
     "unet-digits": {"network": {"block_channels": [16, 32]}},
     "latent-dit-digits": {"network": {"num_layers": 2, "embed_dim": 64}},
     "vae-digits": {"block_channels": [16]},
-    "vq-digits": {"block_channels": [16]},
+    "vq-digits": {"block_channels": [32]},
 }
-EVERY_DAY = ("llama-nano", "dit-digits")
+EVERY_DAY = ("llama-nano", "dit-digits", "vae-digits")
 MESHES = {"data": {"data": 8}, "fsdp": {"fsdp": 8}, "fsdp+tensor": {"fsdp": 2, "tensor": 4}}
 ROWS = 16
 
@@ -72,7 +72,8 @@ def flops(preset: str, mesh: str | None, program: str) -> float:
     return costs["flops"]
 
 
-# tensor parallelism splits no convolution, nor a vocabulary of 257, that of bytes and a mask
+# a vocabulary of 257, that of bytes and a mask, does not divide; of convolutions tensor parallelism leaves whole norms
+# before a pair, and of a VQ-VAE the codebook
 WHOLE_UNDER_TENSOR = {"masked-nano"}
 ALL = [
     (preset, mesh) for preset in FAMILIES for mesh in MESHES if "tensor" not in mesh or preset not in WHOLE_UNDER_TENSOR

@@ -57,7 +57,7 @@ ACTIVATION_AXES: dict[str, str] = {
     "height": "rows of an image or latent",
     "width": "columns of an image or latent",
     "channels": "channels of an image or latent",
-    "act_channels": "channels between the two convolutions of a residual block",
+    "act_channels": "channels that a convolution computes, or sums over, each device its own",
 }
 VOCABULARY: dict[str, str] = WEIGHT_AXES | ACTIVATION_AXES
 """Every logical axis, with a sentence. Weights and activations never share a name: FSDP splits `embed` of a weight over
@@ -371,9 +371,8 @@ def most_ways(name: str) -> int:
 def shard(x: jax.Array, *names: str | None, beside: Mapping[str, int] | None = None) -> jax.Array:
     """Constrain the layout of an activation by the logical axes of its dims (None: never split).
 
-    `beside` names further dims, with their sizes, of what is made of x: the mesh axes that split them are left to them,
-    so that x lies as its product will. Without a layout, on one device, it returns `x`. Raises `ValueError` for unknown
-    names or a wrong count.
+    `beside`: further dims, name -> size, of what is made of x, which keep their mesh axes: x lies as its product will.
+    Without a layout, on one device, it returns `x`. Raises `ValueError` for unknown names or a wrong count.
     """
     check_names(names, x.shape, "activation")
     now = layout()
