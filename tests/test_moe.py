@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from artifex.models.transformer import moe
+from artifex.models.transformer import experts, moe
 from artifex.models.transformer.config import DecoderConfig
 from artifex.scaling.axes import Rules, activation_rules, resolve
 from artifex.scaling.placement import leaves_with_names, names_of, shapes_of
@@ -63,16 +63,16 @@ def weights_of(probability_SE, expert_SK, normalize=True):
     [{}, {"mlp": "geglu", "normalize_expert_weights": False}, {"experts_per_token": 1}, {"num_shared_experts": 2}],
     ids=str,
 )
-@pytest.mark.parametrize("path", ["by_blocks", "by_ragged_dot"])
+@pytest.mark.parametrize("path", ["by_blocks", "by_ragged_dot", "by_loop"])
 def test_dropless_is_the_dense_sum_over_experts(overrides, path, monkeypatch):
-    monkeypatch.setattr(moe, "by_blocks", getattr(moe, path))
+    monkeypatch.setattr(experts, "by_blocks", getattr(experts, path))
     layer, x_BTD = layer_of(**overrides), inputs()
     cfg = layer.cfg
     outputs_SED, probability_SE, expert_SK = by_hand(layer, x_BTD)
     expected_SD = np.zeros((outputs_SED.shape[0], cfg.embed_dim))
-    for token, experts in enumerate(expert_SK):
-        weights = weights_of(probability_SE[token], experts, cfg.normalize_expert_weights)
-        for expert, weight in zip(experts, weights, strict=True):
+    for token, chosen in enumerate(expert_SK):
+        weights = weights_of(probability_SE[token], chosen, cfg.normalize_expert_weights)
+        for expert, weight in zip(chosen, weights, strict=True):
             expected_SD[token] += weight * outputs_SED[token, expert]
     if cfg.num_shared_experts:
         assert layer.shared is not None and layer.shared.gate.kernel.shape == (16, 2 * 8)
@@ -97,16 +97,18 @@ def test_capacity_drops_exactly_what_it_says(factor):
     layer, x_BTD = layer_of(capacity_factor=factor), inputs()
     outputs_SED, probability_SE, expert_SK = by_hand(layer, x_BTD)
     weight_SK = weights_of(probability_SE, expert_SK)
-    capacity, taken, dropped = math.ceil(factor * expert_SK.size / 4), [0] * 4, 0
+    capacity, dropped = math.ceil(factor * 24 * 2 / 4), 0
     expected_SD = np.zeros((expert_SK.shape[0], 16))
-    for rank in range(2):
-        for token in range(len(expert_SK)):
-            expert = expert_SK[token, rank]
-            if taken[expert] < capacity:
-                taken[expert] += 1
-                expected_SD[token] += weight_SK[token, rank] * outputs_SED[token, expert]
-            else:
-                dropped += 1
+    for row in range(8):
+        taken = [0] * 4
+        for rank in range(2):
+            for token in range(24 * row, 24 * row + 24):
+                expert = expert_SK[token, rank]
+                if taken[expert] < capacity:
+                    taken[expert] += 1
+                    expected_SD[token] += weight_SK[token, rank] * outputs_SED[token, expert]
+                else:
+                    dropped += 1
     y_BTD, aux = apply(layer, x_BTD)
     np.testing.assert_allclose(np.asarray(y_BTD).reshape(-1, 16), expected_SD, atol=2e-6)
     assert float(aux["dropped"]) == pytest.approx(dropped / expert_SK.size, abs=1e-7)

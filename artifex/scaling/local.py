@@ -76,6 +76,20 @@ def index(name: str) -> jax.Array | int:
     return jax.lax.axis_index(_axes(name)) if _axes(name) else 0
 
 
+def split_by(name: str, *names: str) -> bool:
+    """Whether an array that `names` split has another part on each part of `name`, and not the same one on all of them.
+
+    True where `name` is not split. Raises `ValueError` where that holds for some of its parts only.
+    """
+    over, among = set(_axes(name)), {axis for other in names for axis in _axes(other)}
+    if over & among not in (set(), over):
+        raise ValueError(
+            f"{name!r} is split over {_axes(name)}, but {' and '.join(names)} over {tuple(sorted(over & among))} of "
+            "these alone; let the rules send them to all of these mesh axes, or to none"
+        )
+    return over <= among
+
+
 def total(x: Any, *names: str) -> Any:
     """The sum of x, or of each leaf of it, over all parts of `names`."""
     over = tuple(axis for name in names for axis in _axes(name))

@@ -30,7 +30,8 @@ from artifex.training.state import Blueprint, TrainState, frozen_of, within
 Shapes = Mapping[str, jax.ShapeDtypeStruct]  # by path, "embed/table"
 
 OF_THE_USE = (
-    *("sequence_length", "dropout", "load_balance_weight", "router_z_weight", "z_loss_weight", "capacity_factor"),
+    *("sequence_length", "dropout", "load_balance_weight", "router_z_weight", "z_loss_weight"),
+    *("capacity_factor", "expert_buffer"),
     *("sampler", "sampling_steps", "guidance", "condition_dropout", "weighting", "training_times"),
     *("image_size", "autoencoder_weights", "beta", "kl_weight", "commitment", "ema_decay", "revive_below"),
 )

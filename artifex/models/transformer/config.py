@@ -52,6 +52,7 @@ class DecoderConfig:
     num_shared_experts: int = 0  # experts that every token goes to besides
     expert_mlp_dim: int | None = None  # hidden width of an expert; none: that of a feed-forward layer
     capacity_factor: float | None = None  # an expert takes this times its even share while training; none: all tokens
+    expert_buffer: float | None = None  # rows for a device of experts, in even shares; none: whatever may come
     normalize_expert_weights: bool = True  # the weights of a token's experts sum to 1, as in Mixtral
     load_balance_weight: float = 0.01  # of the loss that evens the experts' load, 0 or above
     router_z_weight: float = 0.001  # of the loss that keeps the router's logits small, 0 or above
@@ -81,7 +82,8 @@ class DecoderConfig:
             raise ValueError(f"head_dim {self.per_head} is odd; rotary positions turn pairs of features, make it even")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
-        for name in ("norm_eps", "rope_theta", "query_scale", "attention_softcap", "logit_softcap", "capacity_factor"):
+        positive = ("norm_eps", "rope_theta", "query_scale", "attention_softcap", "logit_softcap")
+        for name in (*positive, "capacity_factor", "expert_buffer"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} {value} is not a positive number")
@@ -131,8 +133,13 @@ class DecoderConfig:
                 f"num_experts {self.num_experts} with mlp {self.mlp!r} and bias={self.bias}; experts are gated and "
                 "have no bias: choose mlp 'swiglu' or 'geglu' and bias False"
             )
+        if self.expert_buffer is not None and self.capacity_factor is not None:
+            raise ValueError(
+                f"expert_buffer {self.expert_buffer} beside capacity_factor {self.capacity_factor}; a capacity bounds "
+                "the buffers already, leave one of the two out"
+            )
         if not self.num_experts:
-            for name in ("num_shared_experts", "expert_mlp_dim", "capacity_factor"):
+            for name in ("num_shared_experts", "expert_mlp_dim", "capacity_factor", "expert_buffer"):
                 if getattr(self, name):
                     raise ValueError(f"{name} {getattr(self, name)} without experts; set num_experts, or leave it out")
 
