@@ -78,7 +78,6 @@ MESHES = {
     "zero-1": {"data": 8, "zero": 1},
     "zero-2": {"data": 2, "fsdp": 4, "zero": 2},
     "context": {"context": 8},
-    "expert": {"expert": 8},
     "tensor, stream whole": {"data": 2, "tensor": 4, "sequence_parallel": False},
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from artifex.scaling import placement
 from artifex.scaling.execution import Execution, execution
 from artifex.scaling.fits import check_fits
 from artifex.scaling.plan import Plan
+from artifex.scaling.strategies import ExpertParallelStrategy
 from artifex.training import freezing
 from artifex.training.precision import carried, in_dtype, model_in
 from artifex.training.runner import Result, Runner
@@ -186,6 +188,7 @@ def blueprint(config: Config, plan: Plan, mesh: Mesh) -> Blueprint:
     layout = functools.partial(placement.layout, table=rules.optimizer, rules=rules, mesh=mesh)
     optimizer = make_optimizer(config.optimizer, config.training.steps, names_trained, inputs, layout)
     state = jax.eval_shape(lambda: _fresh(config, optimizer, frozen))
+    _check_experts(config, plan, state.params, names)
     placed = TrainState(
         step=whole,
         params=jax.tree.map(functools.partial(place, table=rules.params), state.params, state.params, names),
@@ -236,6 +239,31 @@ def _check_stages(config: Config, plan: Plan, stack: Stack | None) -> None:
             f"{sizes} are {plan.pipeline.stages} stages, but {config.model.name!r} has {stack.count} repeated blocks; "
             f"make it at most {stack.count}"
         )
+
+
+def _check_experts(config: Config, plan: Plan, params: Any, names: Any) -> None:
+    """Raise `ValueError` where the devices of expert parallelism have no experts, or cannot have equally many."""
+    label = ExpertParallelStrategy.label
+    rules = [rule for rule in plan.rules.params if rule.name == "experts" and rule.strategy == label]
+    axes = dict.fromkeys(axis for rule in rules for axis in rule.axes)
+    ways = math.prod(plan.sizes[axis] for axis in axes)
+    counts = {
+        leaf.shape[of.index("experts")] for _, leaf, of in placement.leaves_with_names(params, names) if "experts" in of
+    }
+    if ways == 1 or (counts and all(count % ways == 0 for count in counts)):
+        return
+    if not counts:
+        raise ValueError(
+            f"mesh axis {'+'.join(axes)!r} has {ways} devices for experts, but {config.model.name!r} has none; "
+            f"set device.expert=1 and device.fsdp={ways * plan.sizes.get('fsdp', 1)}, or model.num_experts={ways}"
+        )
+    count = min(counts)
+    fit = max(size for size in range(1, min(count, ways) + 1) if count % size == 0 and ways % size == 0)
+    raise ValueError(
+        f"mesh axis {'+'.join(axes)!r} has {ways} devices for the {count} experts of {config.model.name!r}, which do "
+        f"not divide among them; set device.expert={fit} and device.fsdp={plan.sizes.get('fsdp', 1) * ways // fit}, or "
+        f"make model.num_experts a multiple of {ways}, such as {-(-count // ways) * ways}"
+    )
 
 
 def _check_no_axis_idle(config: Config, plan: Plan, params: Any, names: Any) -> None:

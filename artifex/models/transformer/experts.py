@@ -46,10 +46,9 @@ def served(
 ) -> jax.Array:
     """What its expert makes of each assignment, (A, D): 0 where it has none. `expected`: of a buffer of which most is
     empty, how many assignments have one at even load."""
-    platform = current_execution().platform
-    if platform == "tpu":
+    if current_execution().platform == "tpu":
         mix = by_ragged_dot
-    elif platform == "cpu" and expected is None:
+    elif cpu.experts_by_blocks() and expected is None:
         mix = by_blocks
     else:
         mix = functools.partial(by_loop, expected=expected)
