@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from artifex.models.transformer import experts, moe
+from artifex.models.transformer import block_kernels, experts, moe
 from artifex.models.transformer.config import DecoderConfig
 from artifex.scaling.axes import Rules, activation_rules, resolve
 from artifex.scaling.placement import leaves_with_names, names_of, shapes_of
@@ -81,6 +81,24 @@ def test_dropless_is_the_dense_sum_over_experts(overrides, path, monkeypatch):
     y_BTD, aux = jax.jit(layer.__call__)(x_BTD)
     np.testing.assert_allclose(np.asarray(y_BTD).reshape(-1, 16), expected_SD, atol=2e-6)
     assert aux["dropped"] == 0
+
+
+def test_the_kernels_for_gpus_multiply_each_block_by_its_expert_and_nothing_behind_the_last():
+    rng = np.random.default_rng(0)
+    x_bRD, g_bRF, kernel_EDF = (
+        rng.normal(size=s).astype(np.float32) for s in ((5, 16, 128), (5, 16, 256), (4, 128, 256))
+    )
+    owner_b, end_E = np.int32([0, 0, 2, 3, 3]), np.int32([2, 2, 3, 4])  # expert 1 has no block, and block 4 is none's
+    kernel = lambda x, w: block_kernels.block_product(True, jnp.asarray(owner_b), jnp.asarray(end_E), x, w)  # noqa: E731
+    y_bRF, pull = jax.vjp(kernel, x_bRD, kernel_EDF)
+    slopes = pull(jnp.asarray(g_bRF))
+    sums_EDF = np.zeros_like(kernel_EDF)
+    for b, expert in enumerate(owner_b[:4]):
+        np.testing.assert_allclose(y_bRF[b], x_bRD[b] @ kernel_EDF[expert], atol=1e-4)
+        np.testing.assert_allclose(slopes[0][b], g_bRF[b] @ kernel_EDF[expert].T, atol=1e-4)
+        sums_EDF[expert] += x_bRD[b].T @ g_bRF[b]
+    np.testing.assert_allclose(slopes[1], sums_EDF, atol=1e-4)
+    assert not y_bRF[4].any() and not slopes[0][4].any() and not sums_EDF[1].any()
 
 
 @pytest.mark.parametrize("size", [1, 3, 40])

@@ -21,10 +21,6 @@ from artifex.scaling.execution import current_execution
 Kernels = tuple[jax.Array, jax.Array, jax.Array]  # gate and up (E, D, F), down (E, F, D)
 Activation = Callable[[jax.Array], jax.Array]
 
-BLOCK_ROWS = 512
-"""Rows that `by_loop` multiplies at a time, at most. By an H100's figures (989 TFLOP/s, 3.35 TB/s) 300 rows take as
-long to multiply as their expert's kernels to read."""
-
 
 class Rows(NamedTuple):
     """Where assignments lie once they are ordered by expert. Indices out of range mean: none."""
@@ -38,7 +34,7 @@ class Blocks(NamedTuple):
 
     rows: Rows
     owner_b: jax.Array  # the expert of each block; those that are left over belong to the last, and are empty
-    used: jax.Array  # how many are not left over
+    end_E: jax.Array  # where each expert's end
 
 
 def served(
@@ -100,12 +96,18 @@ def by_loop(
     *,
     expected: int | None = None,
 ) -> jax.Array:
-    """Each expert's rows in whole blocks, multiplied one after the other. Of a buffer that is mostly empty (`expected`)
-    only the blocks in use, so that its size costs memory and no time."""
-    R = block_rows(expected or expert_A.size, size_E.size, most=BLOCK_ROWS)
-    blocks = in_blocks(expert_A, size_E, R)
-    product = functools.partial(block_product, expected is not None, blocks.owner_b, blocks.used)
+    """Each expert's rows in whole blocks, multiplied one after the other; on a GPU, where the sizes fit, side by side.
+    Of a buffer that is mostly empty (`expected`) only the blocks in use: its size costs memory and no time."""
     gate_EDF, up_EDF, down_EFD = kernels
+    R = block_rows(expected or expert_A.size, size_E.size, most=cpu.EXPERT_ROWS)
+    R = 2 ** (R.bit_length() - 1)
+    blocks = in_blocks(expert_A, size_E, R)
+    product = functools.partial(block_product, expected is not None, blocks.owner_b, blocks.end_E[-1])
+    if current_execution().platform == "gpu":
+        from artifex.models.transformer import block_kernels  # Pallas is imported where it is used
+
+        if block_kernels.fits(R, *gate_EDF.shape[1:]):
+            product = functools.partial(block_kernels.block_product, False, blocks.owner_b, blocks.end_E)
     x_bRD = dispatch(x_SD, blocks.rows).reshape(-1, R, x_SD.shape[1])
     gate_bRF, up_bRF = (checkpoint_name(product(x_bRD, kernel), "hidden") for kernel in (gate_EDF, up_EDF))
     y_bRD = product(activation(gate_bRF) * up_bRF, down_EFD)
@@ -174,7 +176,7 @@ def in_blocks(expert_A: jax.Array, size_E: jax.Array, R: int) -> Blocks:
     end_E = jnp.cumsum(blocks_E)
     owner_b = jnp.minimum(jnp.sum(jnp.arange(count)[:, None] >= end_E[None], axis=1), E - 1)
     rows = laid_out(expert_A, size_E, (end_E - blocks_E) * R, size_E, jnp.repeat(owner_b, R))
-    return Blocks(rows, owner_b, end_E[-1])
+    return Blocks(rows, owner_b, end_E)
 
 
 def ordered(expert_A: jax.Array) -> tuple[jax.Array, jax.Array]:
