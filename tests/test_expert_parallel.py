@@ -94,6 +94,27 @@ def test_rows_that_do_not_divide_are_served_by_experts_that_are_split(kind):
     assert its_aux["dropped"] == pytest.approx(float(aux["dropped"]), abs=1e-7) and its_aux["overflow"] == 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_works_where_the_stages_of_a_pipeline_are_manual_already(kind):
+    graphdef, state = nnx.split(layer_of(**KINDS[kind]))
+    slopes = jax.value_and_grad(lambda state, x: (nnx.merge(graphdef, state)(x)[0] ** 2).sum())
+    expected = jax.jit(slopes)(state, inputs())
+    sizes, spec = {"pipeline": 2, "expert": 4}, jax.sharding.PartitionSpec
+    rules, mesh = combine(strategies_for(tuple(sizes))), mesh_of(sizes)
+
+    def stages(state, x_2BTD):
+        with activation_rules(rules, mesh):
+            stage = lambda state, x_2BTD: jax.tree.map(lambda a: a[None], slopes(state, x_2BTD[0]))  # noqa: E731
+            specs = {"in_specs": (spec(), spec("pipeline")), "out_specs": spec("pipeline")}
+            inside = jax.shard_map(stage, mesh=mesh, axis_names={"pipeline"}, check_vma=False, **specs)
+            return inside(state, x_2BTD)
+
+    found = jax.jit(stages)(state, np.stack([inputs(), inputs()]))
+    for one, two in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        for each in two:
+            np.testing.assert_allclose(each, one, rtol=1e-5, atol=1e-5 * float(np.abs(one).max()))
+
+
 def by_hand(layer, x_BTD):
     """Weights and choices of each token (S, K), and what every expert makes of it (S, E, D)."""
     x_SD = np.asarray(x_BTD, np.float64).reshape(-1, 16)

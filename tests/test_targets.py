@@ -137,3 +137,24 @@ def test_tensor_parallelism_moves_a_gpus_stream_as_often_as_megatron_does(split,
     gathers, sums = 2 + 2 + 2 + 2, 2 + 1 + 2 + 1
     assert (count("all-gather", 2_048), count("reduce-scatter", 512)) == ((gathers, sums) if split else (0, 0))
     assert count("all-reduce", 2_048) == (0 if split else sums)
+
+
+@GPU
+@pytest.mark.parametrize("mesh", ["fsdp=2,expert=8", "fsdp=16"])
+def test_mixtral_on_16_gpus_multiplies_rows_by_their_own_experts(mesh, tmp_path):
+    text = tmp_path / "program.txt"
+    used = compiled("h100:2x8", "mixtral-8x7b", "--mesh", mesh, "--batch", "16", "--text", str(text))
+    assert used["temporary_GiB"] <= 20
+    program = text.read_text()
+    # with expert parallelism no GPU holds all experts of a layer
+    assert ("[8,4096,14336]" in program) == (mesh == "fsdp=16")
+    # a dense expansion sums over all experts' inputs: 8 x 4,096 or 8 x 14,336
+    assert not re.search(r"\[(4096|2048),(32768|114688)\]", program)
+    assert "all-to-all" in program and "__gpu$xla.gpu.triton" in program
+
+
+@TPU
+def test_a_tpu_has_one_kernel_for_rows_and_their_experts(tmp_path):
+    text, small = tmp_path / "program.txt", json.dumps({"model": {"num_layers": 2}})
+    compiled("v5e:4x4", "mixtral-8x7b", "--batch", "16", "--set", small, "--text", str(text))
+    assert re.search(r"ragged-dot\S* = bf16\[4096,14336\].* custom-call\(", text.read_text())
