@@ -185,6 +185,11 @@ def test_listing_and_creating_answer_wrong_names_with_the_nearest():
         ({"num_experts": 4, "experts_per_token": 5}, "experts_per_token 5 is not from 1 to num_experts 4"),
         ({"num_experts": 4, "mlp": "gelu"}, "num_experts 4 with mlp 'gelu'"),
         ({"capacity_factor": 1.5}, "capacity_factor 1.5 without experts"),
+        ({"expert_buffer": 1.5}, "expert_buffer 1.5 without experts"),
+        (
+            {"num_experts": 4, "capacity_factor": 1.5, "expert_buffer": 2.0},
+            "expert_buffer 2.0 beside capacity_factor 1.5",
+        ),
         ({"load_balance_weight": -1.0}, "load_balance_weight -1.0"),
         ({"z_loss_weight": -1.0}, "z_loss_weight -1.0"),
     ],
