@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 # A block's scores are then 1 MiB a head. At 8,192 causal tokens 136 pairs of blocks follow each other, and a sixteenth
@@ -21,11 +22,14 @@ STEP = 8  # blocks are multiples of it, as the products of a GPU want their dims
 HIDDEN = -1e30  # finite: a row of hidden scores alone, which padding makes, has weights and a gradient of 0, no NaN
 SAVED = "attention"  # what a remat policy calls the output and the logsumexp, which are all the backward pass needs
 
+Segments = tuple[jax.Array, jax.Array]  # of queries (B, T) and of keys (B, S): who sees whom
+
 
 def blockwise(
     query_BTNH: jax.Array,
     key_BSKH: jax.Array,
     value_BSKH: jax.Array,
+    segments_BT: jax.Array | None = None,
     *,
     causal: bool,
     window: int | None,
@@ -38,51 +42,77 @@ def blockwise(
     Only pairs of blocks in which some query sees some key are computed, in both directions. Products take the arrays as
     they are, 16-bit weights rounded once for them; sums, maxima and accumulators are float32. The backward pass
     computes scores again from the logsumexp of each query, which is saved beside the output, both named `SAVED`.
+    With `segments_BT`, integers, a query sees the keys of its own segment alone.
     """
     _, T, _, H = query_BTNH.shape
     S = key_BSKH.shape[1]
-    rows, columns = even(T, block, STEP), even(S, block, STEP)
-    form = _Form(causal, window, softcap, H**-0.5 if scale is None else scale, S, rows, columns)
-    whole = (padded(query_BTNH, rows), padded(key_BSKH, columns), padded(value_BSKH, columns))
-    out_BTNH: Any = _attention(form, *whole)
+    form = Form.of(T, S, block, causal, window, softcap, H**-0.5 if scale is None else scale)
+    whole = (padded(query_BTNH, form.rows), padded(key_BSKH, form.columns), padded(value_BSKH, form.columns))
+    segments = None
+    if segments_BT is not None:
+        segments = (padded(segments_BT, form.rows), padded(segments_BT, form.columns))
+    out_BTNH: Any = _attention(form, S, *whole, segments)
     return out_BTNH[:, :T]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Form:
+class Form:
     """What is known before there are numbers: which keys a query sees, and the blocks, `rows` by `columns`."""
 
     causal: bool
     window: int | None
     softcap: float | None
     scale: float
-    keys: int  # without padding
     rows: int
     columns: int
+    hides: bool  # what pads the keys
 
-    def pairs(self, T: int, S: int) -> jax.Array:
-        """(pairs, 3): query block, key block, whether it is the first of its query block; those with a key seen."""
+    @classmethod
+    def of(
+        cls, T: int, S: int, block: int, causal: bool, window: int | None, softcap: float | None, scale: float
+    ) -> Form:
+        """For T queries and S keys, in blocks of at most about `block`."""
+        rows, columns = even(T, block, STEP), even(S, block, STEP)
+        return cls(causal, window, softcap, scale, rows, columns, S % columns > 0)
+
+    @property
+    def unmasked(self) -> Form:
+        """The same where every query comes after every key, within its window."""
+        return dataclasses.replace(self, causal=False, window=None)
+
+    def pairs(self, T: int, S: int, keys: int, *, everything: bool = False) -> np.ndarray:
+        """(pairs, 5): query block, key block, whether it is the first of its query block, by how many positions the
+        first query is ahead of the first key, and how many keys of the block are no padding. Those pairs in which a key
+        is seen, of T queries and S keys that start at one position, or `everything`; padding beyond `keys`."""
         pairs = []
         for i in range(T // self.rows):
             first, last = 0, S // self.columns - 1
-            if self.causal:
+            if self.causal and not everything:
                 last = min(((i + 1) * self.rows - 1) // self.columns, last)
-            if self.window is not None:
-                first = max(i * self.rows - self.window + 1, 0) // self.columns
-            pairs += [(i, j, j == first) for j in range(first, last + 1)]
-        return jnp.array(pairs, jnp.int32)
+                if self.window is not None:
+                    first = max(i * self.rows - self.window + 1, 0) // self.columns
+            j = np.arange(first, last + 1)
+            begin = j * self.columns
+            pairs.append(
+                [np.full_like(j, i), j, j == first, i * self.rows - begin, np.minimum(keys - begin, self.columns)]
+            )
+        return np.concatenate([np.stack(each, axis=1) for each in pairs]).astype(np.int32)
 
-    def seen(self, i: jax.Array, j: jax.Array, G: int, S: int) -> jax.Array | None:
-        """(R, columns): whether a query of block `i` sees a key of block `j`; None where all see all."""
-        if not self.causal and self.keys == S:
-            return None
-        shape = (self.rows * G, self.columns)
-        query_RS = i * self.rows + jax.lax.broadcasted_iota(jnp.int32, shape, 0) // G
-        key_RS = j * self.columns + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-        if not self.causal:
-            return key_RS < self.keys
-        seen_RS = key_RS <= query_RS  # what pads the keys comes after every query
-        return seen_RS if self.window is None else seen_RS & (key_RS > query_RS - self.window)
+    def seen(self, ahead: jax.Array, keys: jax.Array, G: int, segments: Segments | None) -> jax.Array | None:
+        """(1 or B, R, columns): whether a query of a block sees a key of a block; None where all see all."""
+        shape = (1, self.rows * G, self.columns)
+        query_1RS = ahead + jax.lax.broadcasted_iota(jnp.int32, shape, 1) // G
+        key_1RS = jax.lax.broadcasted_iota(jnp.int32, shape, 2)
+        parts = []
+        if self.causal:
+            parts.append(key_1RS <= query_1RS)
+        if self.window is not None:
+            parts.append(key_1RS > query_1RS - self.window)
+        if self.hides:
+            parts.append(key_1RS < keys)
+        if segments is not None:
+            parts.append(jnp.repeat(segments[0], G, axis=1)[:, :, None] == segments[1][:, None])
+        return functools.reduce(jnp.logical_and, parts) if parts else None
 
     def scores(self, query_BKRH: jax.Array, key_BKSH: jax.Array) -> jax.Array:
         """Scaled and bounded, float32; nothing is hidden yet."""
@@ -90,95 +120,150 @@ class _Form:
         return scores_BKRS if self.softcap is None else self.softcap * jnp.tanh(scores_BKRS / self.softcap)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(form: _Form, query_BTNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array) -> jax.Array:
-    return _forward(form, query_BTNH, key_BSKH, value_BSKH)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(form: Form, keys: int, query: jax.Array, key: jax.Array, value: jax.Array, segments: Any) -> jax.Array:
+    return _forward(form, keys, query, key, value, segments)[0]
 
 
-def _forward(form: _Form, query_BTNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array) -> tuple[jax.Array, Any]:
-    """The output, and what the backward pass needs: the arguments, the output and log sum exp of each row's scores.
+def _forward(
+    form: Form, keys: int, query: jax.Array, key: jax.Array, value: jax.Array, segments: Segments | None
+) -> tuple[jax.Array, Any]:
+    """The output, and what the backward pass needs: the arguments, the output and log sum exp of each row's scores."""
+    pairs = form.pairs(query.shape[1], key.shape[1], keys)
+    state = attend(form, pairs, nothing_seen(query, key, query.dtype), query, (key, value), segments)
+    out, logsumexp = (checkpoint_name(x, SAVED) for x in state)
+    return out, (query, key, value, segments, out, logsumexp)
+
+
+def _backward(form: Form, keys: int, kept: Any, dout: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    query, key, value, segments, out, logsumexp = kept
+    rows = (query, dout, logsumexp, shared(dout, out, key.shape[2]))
+    zeros = (jnp.zeros_like(query), *(jnp.zeros_like(x, dtype=jnp.float32) for x in (key, value)))
+    pairs = form.pairs(query.shape[1], key.shape[1], keys)
+    dquery, dkey, dvalue = attend_backward(form, pairs, zeros, rows, (key, value), segments, form.scale)
+    return dquery, dkey.astype(key.dtype), dvalue.astype(value.dtype), None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def nothing_seen(query_BTNH: jax.Array, key_BSKH: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """The output and logsumexp of queries that have seen no key yet."""
+    B, T, N, _ = query_BTNH.shape  # like the queries, also in a shard_map
+    rest = jnp.full_like(
+        query_BTNH, -jnp.inf, dtype=jnp.float32, shape=(B, key_BSKH.shape[2], T * N // key_BSKH.shape[2])
+    )
+    return jnp.zeros_like(query_BTNH, dtype=dtype), rest
+
+
+def attend(
+    form: Form,
+    pairs: jax.Array | np.ndarray,
+    state: tuple[jax.Array, jax.Array],
+    query_BTNH: jax.Array,
+    keys: tuple[jax.Array, jax.Array],
+    segments: Segments | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The output (B, T, N, H) and logsumexp (B, K, T G) after `pairs` of blocks, where `state` is that before them.
 
     m' = max(m, max s), l' = l exp(m - m') + sum exp(s - m'), o' = o exp(m - m') + exp(s - m') V; the output is o / l.
+    What is a finished row, with o / l for o and 1 for l and the logsumexp for m, can thus see more keys later.
     """
-    (B, T, N, H), (S, K) = query_BTNH.shape, key_BSKH.shape[1:3]
+    (B, _, N, H), K = query_BTNH.shape, keys[0].shape[2]
     G = N // K
     R = form.rows * G
 
     def pair(carry: Any, indices: jax.Array) -> tuple[Any, None]:
         out_BTNH, logsumexp_BKR, top_BKR, sum_BKR, mixed_BKRH = carry
-        i, j, first = indices
+        i, j, first, ahead, real = indices
         query_BKRH = _part(query_BTNH, i, form.rows, K)
-        key_BKSH, value_BKSH = _part(key_BSKH, j, form.columns, K), _part(value_BSKH, j, form.columns, K)
+        key_BKSH, value_BKSH = (_part(x, j, form.columns, K) for x in keys)
         scores_BKRS = form.scores(query_BKRH, key_BKSH)
-        if (seen_RS := form.seen(i, j, G, S)) is not None:
-            scores_BKRS = jnp.where(seen_RS[None, None], scores_BKRS, HIDDEN)
-        before_BKR = jnp.where(first, -jnp.inf, top_BKR)  # forgets the query block before
+        if (seen_BRS := form.seen(ahead, real, G, _of_block(segments, form, i, j))) is not None:
+            scores_BKRS = jnp.where(seen_BRS[:, None], scores_BKRS, HIDDEN)
+        # takes up the query block where it was left, and forgets the one before
+        before_BKR = jnp.where(first, jax.lax.dynamic_slice_in_dim(logsumexp_BKR, i * R, R, 2), top_BKR)
+        sum_BKR = jnp.where(first, 1.0, sum_BKR)
+        mixed_BKRH = jnp.where(first, _part(out_BTNH, i, form.rows, K).astype(jnp.float32), mixed_BKRH)
         top_BKR = jnp.maximum(before_BKR, jnp.max(scores_BKRS, axis=-1))
         weights_BKRS = jnp.exp(scores_BKRS - top_BKR[..., None])
         kept_BKR = jnp.exp(before_BKR - top_BKR)
         sum_BKR = sum_BKR * kept_BKR + jnp.sum(weights_BKRS, axis=-1)
         added_BKRH = _product("BKRS,BKSH->BKRH", weights_BKRS.astype(value_BKSH.dtype), value_BKSH)
         mixed_BKRH = mixed_BKRH * kept_BKR[..., None] + added_BKRH
-        # written at every pair, its last stands: one block is float32, the whole output never is
+        # written at every pair, its last stands: one block is float32, whatever the whole output is
         out_BTNH = _put(out_BTNH, mixed_BKRH / sum_BKR[..., None], i)
         logsumexp_BKR = jax.lax.dynamic_update_slice_in_dim(logsumexp_BKR, top_BKR + jnp.log(sum_BKR), i * R, axis=2)
         return (out_BTNH, logsumexp_BKR, top_BKR, sum_BKR, mixed_BKRH), None
 
     zeros = functools.partial(jnp.zeros_like, query_BTNH, dtype=jnp.float32)  # like it, also in a shard_map
-    start = (
-        jnp.zeros_like(query_BTNH),
-        zeros(shape=(B, K, T * G)),
-        zeros(shape=(B, K, R)),
-        zeros(shape=(B, K, R)),
-        zeros(shape=(B, K, R, H)),
-    )
-    (out_BTNH, logsumexp_BKR, *_), _ = jax.lax.scan(pair, start, form.pairs(T, S))
-    out_BTNH, logsumexp_BKR = checkpoint_name(out_BTNH, SAVED), checkpoint_name(logsumexp_BKR, SAVED)
-    return out_BTNH, (query_BTNH, key_BSKH, value_BSKH, out_BTNH, logsumexp_BKR)
+    start = (*state, zeros(shape=(B, K, R)), zeros(shape=(B, K, R)), zeros(shape=(B, K, R, H)))
+    (out_BTNH, logsumexp_BKR, *_), _ = jax.lax.scan(pair, start, jnp.asarray(pairs))
+    return out_BTNH, logsumexp_BKR
 
 
-def _backward(form: _Form, kept: Any, dout_BTNH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dV = P^T dO, dS = P (dO V^T - sum dO O) times the slope of the soft cap, dQ = dS K and dK = dS^T Q, scaled."""
-    query_BTNH, key_BSKH, value_BSKH, out_BTNH, logsumexp_BKR = kept
-    (B, T, N, H), (S, K) = query_BTNH.shape, key_BSKH.shape[1:3]
+def shared(dout_BTNH: jax.Array, out_BTNH: jax.Array, K: int) -> jax.Array:
+    """sum dO O of each row, (B, K, T G): what the gradients of all its scores have in common."""
+    B, T, N, _ = out_BTNH.shape
+    shared_BTN = jnp.sum(dout_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1)
+    return shared_BTN.reshape(B, T, K, N // K).swapaxes(1, 2).reshape(B, K, -1)
+
+
+def attend_backward(
+    form: Form,
+    pairs: jax.Array | np.ndarray,
+    gradients: tuple[jax.Array, jax.Array, jax.Array],
+    rows: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    keys: tuple[jax.Array, jax.Array],
+    segments: Segments | None,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`gradients` of queries, keys and values with those of `pairs` of blocks added, dQ times `scale`.
+
+    `rows`: queries, the gradient of their output, their logsumexp over all keys there are, and what is `shared`.
+    dV = P^T dO, dS = P (dO V^T - sum dO O) times the slope of the soft cap, dQ = dS K and dK = dS^T Q, scaled.
+    """
+    query_BTNH, dout_BTNH, logsumexp_BKR, shared_BKR = rows
+    (B, _, N, H), K = query_BTNH.shape, keys[0].shape[2]
     G = N // K
     R = form.rows * G
-    shared_BTN = jnp.sum(dout_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1)
-    shared_BKR = shared_BTN.reshape(B, T, K, G).swapaxes(1, 2).reshape(B, K, T * G)
 
     def pair(carry: Any, indices: jax.Array) -> tuple[Any, None]:
         dquery_BTNH, dkey_BSKH, dvalue_BSKH, dquery_BKRH = carry
-        i, j, first = indices
+        i, j, first, ahead, real = indices
         query_BKRH, dout_BKRH = _part(query_BTNH, i, form.rows, K), _part(dout_BTNH, i, form.rows, K)
-        key_BKSH, value_BKSH = _part(key_BSKH, j, form.columns, K), _part(value_BSKH, j, form.columns, K)
+        key_BKSH, value_BKSH = (_part(x, j, form.columns, K) for x in keys)
         scores_BKRS = form.scores(query_BKRH, key_BKSH)
         weights_BKRS = jnp.exp(scores_BKRS - jax.lax.dynamic_slice_in_dim(logsumexp_BKR, i * R, R, 2)[..., None])
-        if (seen_RS := form.seen(i, j, G, S)) is not None:
-            weights_BKRS = jnp.where(seen_RS[None, None], weights_BKRS, 0.0)
+        if (seen_BRS := form.seen(ahead, real, G, _of_block(segments, form, i, j))) is not None:
+            weights_BKRS = jnp.where(seen_BRS[:, None], weights_BKRS, 0.0)
         dweights_BKRS = _product("BKRH,BKSH->BKRS", dout_BKRH, value_BKSH)
         shared_BKR1 = jax.lax.dynamic_slice_in_dim(shared_BKR, i * R, R, 2)[..., None]
         dscores_BKRS = weights_BKRS * (dweights_BKRS - shared_BKR1)
         if form.softcap is not None:
             dscores_BKRS = dscores_BKRS * (1.0 - jnp.square(scores_BKRS / form.softcap))
         weights_BKRS, dscores_BKRS = weights_BKRS.astype(dout_BKRH.dtype), dscores_BKRS.astype(key_BKSH.dtype)
-        dquery_BKRH = jnp.where(first, 0.0, dquery_BKRH) + _product("BKRS,BKSH->BKRH", dscores_BKRS, key_BKSH)
-        dquery_BTNH = _put(dquery_BTNH, form.scale * dquery_BKRH, i)
+        before_BKRH = jnp.where(first, _part(dquery_BTNH, i, form.rows, K).astype(jnp.float32), dquery_BKRH)
+        dquery_BKRH = before_BKRH + _product("BKRS,BKSH->BKRH", dscores_BKRS, key_BKSH)
+        dquery_BTNH = _put(dquery_BTNH, scale * dquery_BKRH, i)
         dkey_BSKH = _add(dkey_BSKH, form.scale * _product("BKRS,BKRH->BKSH", dscores_BKRS, query_BKRH), j)
         dvalue_BSKH = _add(dvalue_BSKH, _product("BKRS,BKRH->BKSH", weights_BKRS, dout_BKRH), j)
         return (dquery_BTNH, dkey_BSKH, dvalue_BSKH, dquery_BKRH), None
 
-    zeros = functools.partial(jnp.zeros_like, dtype=jnp.float32)
-    start = (
-        jnp.zeros_like(query_BTNH),
-        zeros(key_BSKH),
-        zeros(value_BSKH),
-        zeros(query_BTNH, shape=(B, K, R, H)),
+    start = (*gradients, jnp.zeros_like(query_BTNH, dtype=jnp.float32, shape=(B, K, R, H)))
+    (dquery_BTNH, dkey_BSKH, dvalue_BSKH, _), _ = jax.lax.scan(pair, start, jnp.asarray(pairs))
+    return dquery_BTNH, dkey_BSKH, dvalue_BSKH
+
+
+def _of_block(segments: Segments | None, form: Form, i: jax.Array, j: jax.Array) -> Segments | None:
+    """The segments of a block of queries and of a block of keys."""
+    if segments is None:
+        return None
+    sizes = ((i, form.rows), (j, form.columns))
+    query_BT, key_BS = (
+        jax.lax.dynamic_slice_in_dim(x, index * size, size, 1) for x, (index, size) in zip(segments, sizes, strict=True)
     )
-    (dquery_BTNH, dkey_BSKH, dvalue_BSKH, _), _ = jax.lax.scan(pair, start, form.pairs(T, S))
-    return dquery_BTNH, dkey_BSKH.astype(key_BSKH.dtype), dvalue_BSKH.astype(value_BSKH.dtype)
-
-
-_attention.defvjp(_forward, _backward)
+    return query_BT, key_BS
 
 
 def even(length: int, block: int, step: int) -> int:
@@ -187,9 +272,9 @@ def even(length: int, block: int, step: int) -> int:
     return -(-length // (step * count)) * step
 
 
-def padded(x_BTNH: jax.Array, block: int) -> jax.Array:
-    """With zeros behind, so that blocks cut it."""
-    return jnp.pad(x_BTNH, ((0, 0), (0, -x_BTNH.shape[1] % block), (0, 0), (0, 0)))
+def padded(x: jax.Array, block: int) -> jax.Array:
+    """(B, T, ...) with zeros behind, so that blocks cut it."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), *((0, 0),) * (x.ndim - 2)))
 
 
 def _product(letters: str, *arrays: jax.Array) -> jax.Array:
