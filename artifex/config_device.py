@@ -41,6 +41,11 @@ class DeviceConfig(Section):
         description="devices that divide the experts of mixtures, else the batch; 1 is off, -1 takes the rest",
     )
     context: Int = Field(default=1, description="devices that divide every sequence; 1 is off, -1 takes the rest")
+    context_attention: Literal["ring", "ulysses"] = Field(
+        default="ring",
+        description="how the positions of context devices see each other: keys go round a ring, or devices exchange "
+        "positions for heads (ulysses)",
+    )
     pipeline: Int = Field(default=1, description="stages that the layers form; 1 is off, -1 takes the rest")
     zero: Literal[0, 1, 2] = Field(
         default=0,
@@ -93,6 +98,11 @@ class DeviceConfig(Section):
             raise ConfigError(f"{self.mesh_shape} stands beside {listed}; give the shape or the sizes", ("mesh_shape",))
         if self.zero and self.data == 1:
             raise ConfigError(f"is {self.zero}, but data is 1; give data a size, or leave zero at 0", ("zero",))
+        if self.context_attention != "ring" and self.context == 1:
+            raise ConfigError(
+                f"is {self.context_attention!r}, but context is 1; give context a size, or leave it at 'ring'",
+                ("context_attention",),
+            )
         return self._check_pipeline()
 
     def _check_pipeline(self) -> Self:

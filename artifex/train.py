@@ -138,6 +138,7 @@ def plan_of(config: Config, device_count: int) -> Plan:
     """The plan of a configuration on `device_count` devices, checked against the batch."""
     from artifex.scaling.mesh_utils import simulation_hint
     from artifex.scaling.plan import Plan
+    from artifex.training.task import attention_of
 
     config.check()
     microbatches = config.training.gradient_accumulation
@@ -150,6 +151,8 @@ def plan_of(config: Config, device_count: int) -> Plan:
             batch_size=config.training.batch_size,
         )
     plan.check_batch(config.training.batch_size)
+    if (attends := attention_of(config)) is not None:
+        plan.check_sequence(**attends)
     return plan
 
 

@@ -13,10 +13,11 @@ from artifex.models.transformer import linear_attention
 from artifex.models.transformer.attention import Place
 from artifex.models.transformer.config import DecoderConfig
 from artifex.models.transformer.linear_attention import LinearAttention, State, chunked
+from artifex.models.transformer.positions import Positions
 
 CFG = DecoderConfig(embed_dim=24, num_heads=4, num_kv_heads=2, head_dim=6, sequence_length=64)
 DECAY_K = np.array([0.7, 0.97])
-chunks_of = jax.jit(lambda q, k, v, state, valid: chunked(q, k, v, DECAY_K, state, valid))
+chunks_of = jax.jit(lambda q, k, v, state, valid: chunked(q, k, v, np.log(DECAY_K), state, valid))
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,7 @@ def test_chunks_equal_the_quadratic_form_and_end_in_the_recurrence(length):
 
 def test_gradients_equal_those_of_the_quadratic_form():
     inputs, weights = qkv(21), jax.random.normal(jax.random.key(9), (2, 2, 3, 21, 4))
-    ours = jax.jit(jax.grad(lambda q, k, v: jnp.sum(weights * chunked(q, k, v, DECAY_K)[0]), argnums=(0, 1, 2)))
+    ours = jax.jit(jax.grad(lambda q, k, v: jnp.sum(weights * chunked(q, k, v, np.log(DECAY_K))[0]), argnums=(0, 1, 2)))
     plain = jax.jit(jax.grad(lambda q, k, v: jnp.sum(weights * quadratic(q, k, v, jnp)), argnums=(0, 1, 2)))
     for one, other in zip(ours(*inputs), plain(*inputs), strict=True):
         np.testing.assert_allclose(one, other, atol=5e-5)
@@ -77,8 +78,10 @@ def test_padding_does_not_reach_the_state(valid):
 def test_a_prompt_and_single_steps_equal_the_whole_sequence():
     layer = LinearAttention(CFG, rngs=nnx.Rngs(0))
     x_BTD = jax.random.normal(jax.random.key(1), (2, 18, 24))
-    step = nnx.jit(lambda layer, x, positions, state, valid: layer(x, positions, state, Place(None, 0, valid)))
-    whole_BTD, none = nnx.jit(lambda layer, x: layer(x, np.arange(18)))(layer, x_BTD)
+    step = nnx.jit(
+        lambda layer, x, positions, state, valid: layer(x, Positions(positions), state, Place(None, 0, valid))
+    )
+    whole_BTD, none = nnx.jit(lambda layer, x: layer(x, Positions(np.arange(18))))(layer, x_BTD)
     assert none is None
     state = LinearAttention.empty_cache(CFG, None, 2, 18, jnp.bfloat16)
     prompt = x_BTD.at[:, 13:].set(7.0)[:, :16]  # three positions of padding
@@ -109,14 +112,16 @@ def test_the_layer_is_its_equation(positions):
                 mixed[:, t, head] += decay_K[head // 2] ** (t - s) * score * projected[2][:, s, head // 2]
     mixed = mixed / np.sqrt((mixed**2).mean(-1, keepdims=True) + 1e-5)
     expected = np.einsum("BTNH,NHD->BTD", mixed, layer.out.kernel[...])
-    ours = nnx.jit(lambda layer, x: layer(x, np.arange(12))[0])(layer, x_BTD)
+    ours = nnx.jit(lambda layer, x: layer(x, Positions(np.arange(12)))[0])(layer, x_BTD)
     np.testing.assert_allclose(ours, expected, atol=5e-5)
 
 
 def test_bfloat16_keeps_a_float32_state_and_stays_near():
     layer, x_BTD = LinearAttention(CFG, rngs=nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (2, 40, 24))
     graphdef, weights = nnx.split(layer)
-    run = jax.jit(lambda weights, x, state: nnx.merge(graphdef, weights)(x, np.arange(40), state, Place(None, 0, 40)))
+    run = jax.jit(
+        lambda weights, x, state: nnx.merge(graphdef, weights)(x, Positions(np.arange(40)), state, Place(None, 0, 40))
+    )
     state = LinearAttention.empty_cache(CFG, None, 2, 40, jnp.float32)
     exact, _ = run(weights, x_BTD, state)
     rough, after = run(jax.tree.map(lambda a: a.astype(jnp.bfloat16), weights), x_BTD.astype(jnp.bfloat16), state)

@@ -39,7 +39,7 @@ class Denoiser(nnx.Module):
     def dropout_key(self, rngs):
         return None
 
-    def begin(self, tokens_BT, key):
+    def begin(self, tokens_BT, key, places):
         return Start(self(tokens_BT))
 
     def cross_entropy(self, x_BTD, targets_BT, mask_BT, never=None):
@@ -49,14 +49,14 @@ class Denoiser(nnx.Module):
 class Unigram(Denoiser):
     """The best denoiser of independent tokens: their distribution, whatever is seen. It likes the mask best of all."""
 
-    def __call__(self, tokens_BT, rngs=None):
+    def __call__(self, tokens_BT, rngs=None, **packed):
         return jnp.broadcast_to(jnp.log(jnp.float32([*UNIGRAM, 5.0])), (*tokens_BT.shape, 6))
 
 
 class Watched(Denoiser):
     """Uniform over 5 tokens where it sees a mask; over 10^6 as many where it does not, so that the loss would tell."""
 
-    def __call__(self, tokens_BT, rngs=None):
+    def __call__(self, tokens_BT, rngs=None, **packed):
         seen_BT1 = (tokens_BT != 5)[..., None]
         return jnp.where(seen_BT1 & (tokens_BT[..., None] == IDS), -1e6, 0.0)
 
@@ -120,7 +120,7 @@ def test_times_are_stratified_and_that_of_each_row_is_uniform():
 class Fading(Denoiser):
     """Knows that all tokens are 0, the surer the more it sees."""
 
-    def __call__(self, tokens_BT, rngs=None):
+    def __call__(self, tokens_BT, rngs=None, **packed):
         seen_B11 = jnp.mean((tokens_BT != 5).astype(jnp.float32), axis=1)[:, None, None]
         return jnp.broadcast_to(jnp.where(IDS == 0, 8 * seen_B11, 0.0), (*tokens_BT.shape, 6))
 
@@ -182,7 +182,7 @@ def test_samples_of_the_best_denoiser_have_its_distribution(steps):
 class Copies(Denoiser):
     """Knows that a row repeats one token: the token that is seen, or any while none is."""
 
-    def __call__(self, tokens_BT, rngs=None):
+    def __call__(self, tokens_BT, rngs=None, **packed):
         seen_B1V = (tokens_BT[..., None] == IDS).any(axis=1, keepdims=True) & (IDS < 5)
         return jnp.broadcast_to(jnp.where(seen_B1V, 30.0, 0.0), (*tokens_BT.shape, 6))
 

@@ -15,6 +15,7 @@ from artifex.models import layers
 from artifex.models.attention import recording
 from artifex.models.staged import Start, through
 from artifex.models.transformer.generate import empty_caches, pick
+from artifex.models.transformer.positions import Positions
 from artifex.optim import inputs_of
 from artifex.scaling.execution import Execution, execution
 from artifex.scaling.mesh_utils import create_device_mesh
@@ -211,7 +212,7 @@ def test_future_tokens_do_not_change_the_past(model):
     @jax.jit
     @jax.grad
     def reach_of(x_BTD):
-        x_BTD, _ = through(model, Start(x_BTD, positions))
+        x_BTD, _ = through(model, Start(x_BTD, Positions(positions)))
         return jnp.sum(model.read_out(x_BTD)[0, 10] * jnp.arange(cfg.vocab_size, dtype=jnp.float32))
 
     reach = np.abs(reach_of(x)).sum((0, 2))  # of each position's vector on the logits at position 10
@@ -222,7 +223,7 @@ def test_each_local_layer_reaches_as_far_back_as_its_window():
     cfg = SMALL | {"num_layers": 3, "window": 4, "num_kv_heads": 2}
     model = models.create("mistral-7b", rngs=nnx.Rngs(0), **cfg)
     x, positions = model.embed_tokens(ids((1, 24)), np.arange(24)), np.arange(24)
-    read_at_20 = lambda x: jnp.sum(jnp.sin(through(model, Start(x, positions))[0][0, 20]))  # noqa: E731
+    read_at_20 = lambda x: jnp.sum(jnp.sin(through(model, Start(x, Positions(positions)))[0][0, 20]))  # noqa: E731
     reached = np.flatnonzero(np.abs(jax.jit(jax.grad(read_at_20))(x)).sum((0, 2)))
     np.testing.assert_array_equal(reached, np.arange(20 - 3 * (4 - 1), 21))
 
@@ -230,7 +231,7 @@ def test_each_local_layer_reaches_as_far_back_as_its_window():
 def test_without_causality_every_position_sees_all_and_nothing_is_continued():
     model = models.create("llama-nano", rngs=nnx.Rngs(0), **SMALL, causal=False)
     x, positions = model.embed_tokens(ids((1, 9)), np.arange(9)), np.arange(9)
-    reach = jax.jit(jax.jacobian(lambda x: jnp.sum(jnp.sin(through(model, Start(x, positions))[0][0]), axis=-1)))(x)
+    reach = jax.jit(jax.jacobian(lambda x: jnp.sum(jnp.sin(through(model, Start(x, Positions(positions)))[0][0]), axis=-1)))(x)
     assert (np.abs(reach).sum((1, 3)) > 0).all()
     with pytest.raises(ValueError, match="causal=False"):
         model.sample(jax.random.key(0), prompt=ids((1, 3)), num_tokens=2)

@@ -7,7 +7,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-TEXT = "'tokens' and 'targets', integers (B, T), and perhaps 'mask' (B, T), 1 where a target counts"
+TEXT = (
+    "'tokens' and 'targets', integers (B, T), and perhaps 'mask' (B, T), 1 where a target counts, and 'segments' and "
+    "'positions', integers (B, T), of rows of several documents"
+)
 IMAGES = "'image', floats (B, H, W, C) in [-1, 1], and perhaps 'mask' (B,), 1 where a row counts"
 LATENTS = "'latent_mean' and 'latent_logvar', floats (B, H, W, Z), and perhaps 'mask' (B,), 1 where a row counts"
 
@@ -20,8 +23,11 @@ def check_text(batch: Any, *needed: str) -> None:
     _check_there(batch, needed, TEXT)
     for name in needed:
         _check_array(name, batch[name], 2, jnp.integer, "integers (B, T)")
+    for name in ("segments", "positions"):
+        if name in batch:
+            _check_array(name, batch[name], 2, jnp.integer, "integers (B, T)")
     shape = jnp.shape(batch[needed[0]])
-    for name in ("tokens", "targets", "mask"):
+    for name in ("tokens", "targets", "mask", "segments", "positions"):
         if name in batch and jnp.shape(batch[name]) != shape:
             raise ValueError(
                 f"the batch's {name!r} is of shape {jnp.shape(batch[name])}, its {needed[0]!r} of {shape}; give both "

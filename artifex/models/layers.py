@@ -247,16 +247,17 @@ def rope_frequencies(head_dim: int, theta: float, factor: float = 1.0, original_
     return (frequencies * (keep + (1 - keep) / factor)).astype(np.float32)
 
 
-def rope(x: jax.Array, positions_T: jax.Array | np.ndarray, frequencies: np.ndarray) -> jax.Array:
-    """Turn the pairs (i, i + H/2) of x (B, T, ..., H) by position times frequency.
+def rope(x: jax.Array, positions: jax.Array | np.ndarray, frequencies: np.ndarray) -> jax.Array:
+    """Turn the pairs (i, i + H/2) of x (B, T, ..., H) by position, (T,) or (B, T), times frequency.
 
     NumPy positions make sines and cosines constants of the program; of others, XLA computes them again in every loop
     that reads them.
     """
-    xp = np if isinstance(positions_T, np.ndarray) else jnp
+    xp = np if isinstance(positions, np.ndarray) else jnp
     # float32: bfloat16 rounds 257 to 256, and sin(257) != sin(256)
-    angles = positions_T.astype(np.float32)[:, None] * frequencies[None, :]
-    shape = (1, x.shape[1], *(1,) * (x.ndim - 3), angles.shape[-1])
+    angles = positions.astype(np.float32)[..., None] * frequencies.reshape(*(1,) * positions.ndim, -1)
+    shape = (*positions.shape, *(1,) * (x.ndim - 3), angles.shape[-1])
+    shape = shape if positions.ndim == 2 else (1, *shape)
     cos, sin = xp.cos(angles).reshape(shape), xp.sin(angles).reshape(shape)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -25,6 +25,7 @@ from artifex.scaling import axes, remat
 
 Platform = Literal["cpu", "gpu", "tpu"]
 Attention = Literal["auto", "tiles", "blockwise", "splash", "cudnn"]
+ContextAttention = Literal["ring", "ulysses"]
 
 PLATFORMS: dict[str, Platform] = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
 """What JAX calls a device's platform -> ours."""
@@ -44,7 +45,8 @@ class Execution:
     `compute_dtype`: what the blueprint casts parameters to. `reduce_dtype`: what products of 16-bit numbers are
     summed in across devices; None leaves it to XLA, which takes the 16 bits. `remat`: see `artifex.scaling.remat`.
     `unroll`: layers to an iteration of the scan; "auto" is 1 but on one CPU device (`artifex.models.cpu`). `attention`:
-    see `artifex.models.attention`.
+    see `artifex.models.attention`. `context_attention`: how positions see each other where the rules split the
+    sequence, by keys that go round or by an exchange of positions for heads.
 
     Raises `ValueError` where `remat` offloads on a CPU.
     """
@@ -52,6 +54,7 @@ class Execution:
     remat: str = "none"
     unroll: int | Literal["auto"] = "auto"
     attention: Attention = "auto"
+    context_attention: ContextAttention = "ring"
     compute_dtype: str = "float32"
     reduce_dtype: str | None = None
     rules: axes.Rules = dataclasses.field(default_factory=axes.Rules)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,8 +33,9 @@ def local(
 
     `outputs` names the dims of the array it returns; of a tuple of arrays, it is a list. On whole arrays `function`
     must compute the same, but for the parts. What no name splits, every device holds whole. Works inside a region that
-    is manual over other mesh axes, such as a pipeline's stages. Raises `ValueError` for names that do not fit their
-    arrays, and where one name would be split in two ways, as for heads of which some do not divide.
+    is manual over other mesh axes, such as a pipeline's stages. A name means one split, that of the first array that
+    has it: what is (batch, sequence) lies as the (batch, sequence, act_heads) before it. Raises `ValueError` for names
+    that do not fit their arrays, and where a size does not divide so, as for heads of which some do not.
     """
 
     def call(*arrays: Any) -> Any:
@@ -119,12 +122,24 @@ def neighbours(x: Any, name: str, shift: int = 1) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, over, ring), x)
 
 
+def held(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` on the parts at hand now, whenever it is traced: see `artifex.scaling.execution.held`."""
+    split = _SPLIT.get()
+
+    @functools.wraps(function)
+    def under(*args: Any) -> Any:
+        with _parts(split), axes.activated(None):
+            return function(*args)
+
+    return under
+
+
 def _axes(name: str) -> tuple[str, ...]:
     return (_SPLIT.get() or {}).get(axes.check_name(name, axes.ACTIVATION_AXES), ())
 
 
 @contextlib.contextmanager
-def _parts(split: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
+def _parts(split: Mapping[str, tuple[str, ...]] | None) -> Iterator[None]:
     token = _SPLIT.set(split)
     try:
         yield
@@ -133,15 +148,20 @@ def _parts(split: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
 
 
 def _spec(layout: axes.Layout, names: axes.Names, shape: Sequence[int], split: dict[str, tuple]) -> PartitionSpec:
-    """Where the rules put an array; notes in `split` which axes each name means."""
-    spec = layout.spec(names, shape)
-    for name, size, entry in zip(names, shape, spec, strict=True):
-        if name is None:
-            continue
+    """Where an array lives: each name is split as in an earlier array, else as the rules say; notes in `split` how."""
+    entries, taken = [], {axis for name in names for axis in split.get(name, ())}
+    for name, size, entry in zip(names, shape, layout.spec(names, shape), strict=True):
         over = (entry,) if isinstance(entry, str) else tuple(entry or ())
-        if split.setdefault(name, over) != over:
-            raise ValueError(
-                f"{name!r} of size {size} would be split over {over or 'nothing'}, of another array over "
-                f"{split[name] or 'nothing'}; a name means one split inside local: make the sizes divide alike"
-            )
-    return spec
+        if name is None:
+            over = ()
+        elif name in split:
+            if size % math.prod(layout.sizes[axis] for axis in split[name]):
+                raise ValueError(
+                    f"{name!r} of size {size} would be split over {over or 'nothing'}, of another array over "
+                    f"{split[name] or 'nothing'}; a name means one split inside local: make the sizes divide alike"
+                )
+            over = split[name]
+        else:
+            over = split[name] = tuple(axis for axis in over if axis not in taken)
+        entries.append(over or None)
+    return PartitionSpec(*entries)

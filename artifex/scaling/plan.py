@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
 
-from artifex.scaling.axes import Rules, check_mesh
-from artifex.scaling.execution import Execution
+from artifex.scaling.axes import Rules, check_mesh, resolve
+from artifex.scaling.execution import ContextAttention, Execution
 from artifex.scaling.mesh_utils import create_device_mesh, mesh_layout
 from artifex.scaling.pipeline.schedules import Schedule
 from artifex.scaling.remat import canonical
@@ -28,8 +28,9 @@ class Plan:
     `remat`: what the backward pass of the repeated blocks computes again (`artifex.scaling.remat`). `microbatches`:
     parts a batch is computed in, one after the other, with the same gradient. `pipeline`: the schedule of each of these
     on the mesh axis that divides layers, by default 1F1B with 4 microbatches to a device. `running` are then the rules
-    for all but the step, by which the devices of that axis divide rows and weights. A plan names no device: it is a
-    small value that can be compared and printed. Raises `ValueError` where the parts do not fit together.
+    for all but the step, by which the devices of that axis divide rows and weights. `context_attention`: how positions
+    that different devices have see each other. A plan names no device: it is a small value that can be compared and
+    printed. Raises `ValueError` where the parts do not fit together.
     """
 
     mesh_shape: tuple[int, ...]
@@ -38,6 +39,7 @@ class Plan:
     remat: str = "none"
     microbatches: int = 1
     pipeline: Schedule | None = None
+    context_attention: ContextAttention = "ring"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "remat", canonical(self.remat))
@@ -74,7 +76,7 @@ class Plan:
         shape, names = mesh_layout(device, device_count)
         how: dict[str, Any] = {"zero": device.zero, "sequence_parallel": device.sequence_parallel}
         rules = combine(strategies_for(names, fsdp_min_weight_size=device.fsdp_min_weight_size, **how))
-        plan = cls(shape, names, rules, remat, microbatches)
+        plan = cls(shape, names, rules, remat, microbatches, context_attention=device.context_attention)
         if plan.pipeline is None:
             return plan
         stages, parts, V = plan.pipeline.devices, device.microbatches, device.stages_per_device
@@ -121,7 +123,7 @@ class Plan:
 
     def execution(self, mesh: Mesh, **how: Any) -> Execution:
         """How a model runs by this plan on `mesh`, whose devices may not be there. `how`: the other fields."""
-        return Execution(rules=self.rules, mesh=mesh, remat=self.remat, **how)
+        return Execution(rules=self.rules, mesh=mesh, remat=self.remat, context_attention=self.context_attention, **how)
 
     def check_batch(self, batch_size: int) -> None:
         """Raise `ValueError` unless every microbatch divides over the devices that split examples."""
@@ -134,6 +136,31 @@ class Plan:
             raise ValueError(
                 f"training.batch_size {batch_size} does not divide over {self.row_ways} devices "
                 f"({'+'.join(rule.axes) if rule else ''}){micro}; {fits} would, or {fits + unit}"
+            )
+
+    def check_sequence(self, length: int, heads: int, *, balanced: bool, softmax: bool, setting: str) -> None:
+        """Raise `ValueError` where devices that divide a sequence of `length`, over which `heads` heads attend, cannot
+        have equal parts of it. `balanced`: the ring gives each an early and a late part, because attention is causal.
+        `softmax`: the heads may be exchanged. `setting` is what the length is called."""
+        names, every = ("batch", "sequence", "act_heads", None), self.device_count
+        spec = resolve(names, (every, every * length, heads, 1), self.rules.activations, self.sizes).spec
+        axes = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
+        parts, of_heads = (math.prod(self.sizes[axis] for axis in axes[dim]) for dim in (1, 2))
+        if parts == 1:
+            return
+        unit = parts * (2 if balanced and self.context_attention == "ring" else 1)
+        if length % unit:
+            near = max(length // unit, 1) * unit
+            twice = f", two parts on each for device.context_attention {self.context_attention!r}," * (unit > parts)
+            raise ValueError(
+                f"{setting} {length} does not divide over {parts} devices ({'+'.join(axes[1])}){twice} in parts of "
+                f"equal size; {near} would, or {near + unit}"
+            )
+        if softmax and self.context_attention == "ulysses" and heads // of_heads % parts:
+            fits = math.gcd(heads // of_heads, parts)
+            raise ValueError(
+                f"device.context_attention 'ulysses' exchanges {heads // of_heads} query heads over {parts} devices "
+                f"({'+'.join(axes[1])}), which do not divide; {fits} would, or set it to 'ring', which takes any"
             )
 
     def __str__(self) -> str:

@@ -114,3 +114,25 @@ def batch_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], str]]:
     else:
         shapes = {"image": ((rows, spec.image_size, spec.image_size, spec.channels), "float32")}
     return shapes | ({"label": ((rows,), "int32")} if spec.num_classes else {})
+
+
+def attention_of(config: Config) -> dict[str, Any] | None:
+    """What the plan must divide where it splits sequences, as `artifex.scaling.plan.Plan.check_sequence` takes it; None
+    for models that attend over no sequence, such as those of convolutions."""
+    spec = config.model.spec()
+    if config.model.reads == "text":
+        cfg = getattr(spec, "decoder", spec)
+        in_order = cfg.attention == "linear" or (cfg.num_experts and cfg.capacity_factor is not None)
+        return {
+            "length": config.data.sequence_length,
+            "heads": cfg.num_heads,
+            "balanced": cfg.causal and not in_order,
+            "softmax": cfg.attention != "linear",
+            "setting": "data.sequence_length",
+        }
+    network = getattr(spec, "network", None)
+    if not hasattr(network, "patch_size"):
+        return None
+    tokens = (network.image_size // network.patch_size) ** 2
+    how = {"balanced": False, "softmax": True, "setting": "the number of patches"}
+    return {"length": tokens, "heads": network.num_heads, **how}

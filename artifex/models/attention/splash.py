@@ -19,6 +19,7 @@ def splash(
     query_BTNH: jax.Array,
     key_BSKH: jax.Array,
     value_BSKH: jax.Array,
+    segments_BT: jax.Array | None = None,
     *,
     causal: bool,
     window: int | None,
@@ -29,10 +30,10 @@ def splash(
 ) -> jax.Array:
     """softmax(scale Q K^T) V, (B, T, N, H) in the dtype of `query_BTNH`, by `jax.experimental.pallas.ops.tpu`.
 
-    Blocks that a mask hides are neither computed nor read, in both directions. Lengths are padded to whole blocks and
-    the padding hidden; any H will do. XLA cannot divide the kernel: call it on one device's part, in a `shard_map` with
-    `check_vma=False`. The output and the logsumexp of each query are named "attention" for remat policies.
-    `interpret` runs it anywhere, slowly.
+    Blocks that a mask hides are neither computed nor read, in both directions. With `segments_BT`, int32, a query sees
+    the keys of its own segment alone. Lengths are padded to whole blocks and the padding hidden; any H will do. XLA
+    cannot divide the kernel: call it on one device's part, in a `shard_map` with `check_vma=False`. The output and the
+    logsumexp of each query are named "attention" for remat policies. `interpret` runs it anywhere, slowly.
     """
     # here: it takes 0.4 s, which a run without a TPU need not spend
     from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -53,11 +54,15 @@ def splash(
     query_BTNH, key_BSKH = padded(query_BTNH * factor, rows), padded(key_BSKH, columns)
     shape = (query_BTNH.shape[1], key_BSKH.shape[1])
     segments = None
+    if segments_BT is not None:  # padding of queries belongs to the last segment, that of keys to none
+        of_queries = jnp.pad(segments_BT, ((0, 0), (0, shape[0] - T)), mode="edge")
+        of_keys = jnp.pad(segments_BT, ((0, 0), (0, shape[1] - S)), constant_values=jnp.iinfo(jnp.int32).min)
+        segments = SegmentIds(of_queries, of_keys)
+    elif not causal and shape[1] != S:
+        hidden_BS = jnp.broadcast_to(jnp.arange(shape[1])[None] >= S, (query_BTNH.shape[0], shape[1]))
+        segments = SegmentIds(jnp.zeros((len(hidden_BS), shape[0]), jnp.int32), hidden_BS.astype(jnp.int32))
     if not causal:
         mask = FullMask(shape)
-        if shape[1] != S:
-            hidden_S = (jnp.arange(shape[1]) >= S).astype(jnp.int32)
-            segments = SegmentIds(jnp.zeros(shape[0], jnp.int32), hidden_S)
     else:  # what pads the keys comes after every query
         mask = CausalMask(shape) if window is None else LocalMask(shape, (window - 1, 0), offset=0)
     kernel = make_splash_mha(
@@ -78,5 +83,5 @@ def splash(
         interpret=interpret,
     )
     heads_first = [x.swapaxes(1, 2) for x in (query_BTNH, key_BSKH, padded(value_BSKH, columns))]
-    out_BNTH: Any = jax.vmap(lambda *arrays: kernel(*arrays, segment_ids=segments))(*heads_first)
+    out_BNTH: Any = jax.vmap(lambda *arrays: kernel(*arrays[:3], segment_ids=arrays[3]))(*heads_first, segments)
     return out_BNTH[:, :, :T].swapaxes(1, 2)

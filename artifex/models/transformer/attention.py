@@ -18,6 +18,7 @@ from artifex.models.attention import dot_product_attention
 from artifex.models.attention.tiles import attend
 from artifex.models.transformer.config import DecoderConfig
 from artifex.models.transformer.norms import rms_norm
+from artifex.models.transformer.positions import Positions
 from artifex.scaling import axes
 
 
@@ -118,7 +119,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        positions_T: jax.Array | np.ndarray,
+        positions: Positions,
         cache: Cache | None = None,
         at: Place | None = None,
     ) -> tuple[jax.Array, Cache | None]:
@@ -126,13 +127,14 @@ class Attention(nnx.Module):
 
         Where padding follows a prompt, its keys stay behind every query until they are overwritten.
         """
-        query_BTNH, key_BTKH, value_BTKH = self.project(x_BTD, positions_T)
+        query_BTNH, key_BTKH, value_BTKH = self.project(x_BTD, positions.index)
         bounds: dict[str, Any] = {"softcap": self.cfg.attention_softcap, "scale": self.cfg.query_scale}
         if cache is not None and at is not None:
             cache = cache.write(key_BTKH, value_BTKH, at)
         if cache is None or at is None or isinstance(at.start, int):
             reach: dict[str, Any] = {"causal": self.cfg.causal, "window": self.window}
-            mixed_BTNH = dot_product_attention(query_BTNH, key_BTKH, value_BTKH, **reach, **bounds)
+            reach |= {"order": positions.order}
+            mixed_BTNH = dot_product_attention(query_BTNH, key_BTKH, value_BTKH, positions.segments, **reach, **bounds)
         else:
             B, T, K, H = key_BTKH.shape
             query_BKGTH = query_BTNH.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4)
@@ -140,8 +142,9 @@ class Attention(nnx.Module):
             mixed_BTNH = mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(query_BTNH.shape)
         return self.out(axes.shard(mixed_BTNH, "batch", "sequence", "act_heads", None)), cache
 
-    def project(self, x_BTD: jax.Array, positions_T: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries (B, T, N, H), keys and values (B, T, K, H), normed and turned by their positions if so configured."""
+    def project(self, x_BTD: jax.Array, index: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries (B, T, N, H), keys and values (B, T, K, H), normed and turned by their positions if so configured;
+        `index` is (T,) or (B, T)."""
         query_BTNH, key_BTKH, value_BTKH = layers.fused(x_BTD, self.query, self.key, self.value)
         query_BTNH = axes.shard(query_BTNH, "batch", "sequence", "act_heads", None)
         key_BTKH = axes.shard(key_BTKH, "batch", "sequence", "act_kv_heads", None)
@@ -149,13 +152,13 @@ class Attention(nnx.Module):
         if self.cfg.qk_norm:
             query_BTNH, key_BTKH = self.query_norm(query_BTNH), self.key_norm(key_BTKH)
         if self.cfg.positions == "rope":
-            query_BTNH, key_BTKH = self.turn(query_BTNH, positions_T), self.turn(key_BTKH, positions_T)
+            query_BTNH, key_BTKH = self.turn(query_BTNH, index), self.turn(key_BTKH, index)
         return tuple(checkpoint_name(x, "qkv") for x in (query_BTNH, key_BTKH, value_BTKH))
 
-    def turn(self, x: jax.Array, positions_T: jax.Array | np.ndarray) -> jax.Array:
+    def turn(self, x: jax.Array, index: jax.Array | np.ndarray) -> jax.Array:
         """Rotary positions on (B, T, ..., H)."""
         cfg = self.cfg
         frequencies = layers.rope_frequencies(
             cfg.per_head, cfg.rope_theta, cfg.rope_scaling_factor, cfg.rope_original_length
         )
-        return layers.rope(x, positions_T, frequencies)
+        return layers.rope(x, index, frequencies)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from artifex.models import cpu, layers
+from artifex.models import layers
 from artifex.models.batch import check_text
 from artifex.models.cross_entropy import cross_entropy, read_logits
 from artifex.models.stack import stack, unstack
@@ -25,6 +25,7 @@ from artifex.models.transformer.generate import generate
 from artifex.models.transformer.linear_attention import LinearAttention
 from artifex.models.transformer.moe import MoE
 from artifex.models.transformer.norms import stream_norm
+from artifex.models.transformer.positions import Positions, positions_of
 from artifex.scaling import axes
 
 Aux = dict[str, jax.Array]
@@ -48,14 +49,14 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        positions_T: jax.Array | np.ndarray,
+        positions: Positions,
         key: jax.Array | None = None,
         cache: Any = None,
         at: Place | None = None,
     ) -> tuple[jax.Array, Any, Aux]:
         """The stream after the block, its attention's cache, and what its experts report."""
         keys = (None, None) if key is None else jax.random.split(key)
-        mixed_BTD, cache = self.attention(self.attention_norm(x_BTD), positions_T, cache, at)
+        mixed_BTD, cache = self.attention(self.attention_norm(x_BTD), positions, cache, at)
         x_BTD = self.add(x_BTD, mixed_BTD, self.attention_post_norm, keys[0])
         mixed_BTD, aux = self.feed_forward(self.mlp_norm(x_BTD), decoding=at is not None)
         return self.add(x_BTD, mixed_BTD, self.mlp_post_norm, keys[1]), cache, aux
@@ -80,7 +81,7 @@ class Group(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        positions_T: jax.Array | np.ndarray,
+        positions: Positions,
         key: jax.Array | None = None,
         cache: Any = None,
         at: Place | None = None,
@@ -90,7 +91,7 @@ class Group(nnx.Module):
         keys = [None] * count if key is None else jax.random.split(key, count)
         caches, filled, reports = [None] * count if cache is None else cache, [], []
         for block, key, cache in zip(self.blocks, keys, caches, strict=True):
-            x_BTD, cache, aux = block(x_BTD, positions_T, key, cache, at)
+            x_BTD, cache, aux = block(x_BTD, positions, key, cache, at)
             filled.append(cache)
             reports.append(aux)
         return x_BTD, filled, jax.tree.map(lambda *values: sum(values) / len(values), *reports)
@@ -109,9 +110,9 @@ def stream(x_BTD: jax.Array) -> jax.Array:
 
 
 def _apply(
-    block: Block | Group, x_BTD: jax.Array, positions_T: jax.Array | np.ndarray, key: jax.Array | None
+    block: Block | Group, x_BTD: jax.Array, places: Positions, key: jax.Array | None
 ) -> tuple[jax.Array, Aux]:
-    x_BTD, _, aux = block(x_BTD, positions_T, key)
+    x_BTD, _, aux = block(x_BTD, places, key)
     return x_BTD, aux
 
 
@@ -128,9 +129,20 @@ class Decoder(nnx.Module):
         if not cfg.tied_head:
             self.head = layers.Linear((cfg.embed_dim, cfg.vocab_size), ("embed", "vocab"), hidden=False, rngs=rngs)
 
-    def __call__(self, tokens_BT: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Logits (B, T, V), float32. Raises `ValueError` for sequences longer than the model's."""
-        return self.read_out(through(self, self.begin(tokens_BT, self.dropout_key(rngs)))[0])
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        rngs: nnx.Rngs | None = None,
+        *,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits (B, T, V), float32. `positions` and `segments` (B, T), integers, are those of `loss`.
+
+        Raises `ValueError` for sequences longer than the model's.
+        """
+        places = positions_of(self.cfg, tokens_BT.shape, positions, segments)
+        return self.read_out(places.restored(through(self, self.begin(tokens_BT, self.dropout_key(rngs), places))[0]))
 
     @property
     def stack(self) -> Stack:
@@ -141,14 +153,13 @@ class Decoder(nnx.Module):
         """The key of all dropout of one pass; None where nothing is dropped."""
         return rngs.dropout() if rngs is not None and self.cfg.dropout > 0 else None
 
-    def begin(self, tokens_BT: jax.Array, key: jax.Array | None) -> Start:
-        """The embedded tokens, their positions, and a key for each layer. Raises `ValueError` for too many tokens."""
-        length = tokens_BT.shape[1]
-        self.check_length(length)
-        positions_T = cpu.positions(length)
-        x_BTD = self.embed_tokens(tokens_BT, positions_T, key)
+    def begin(self, tokens_BT: jax.Array, key: jax.Array | None, places: Positions) -> Start:
+        """The embedded tokens in the order of `places`, these beside them, and a key for each layer. Raises
+        `ValueError` for too many tokens."""
+        self.check_length(tokens_BT.shape[1])
+        x_BTD = self.embed_tokens(places.arranged(tokens_BT), places.index, key)
         keys_L = None if key is None else jax.random.split(jax.random.fold_in(key, 1), self.cfg.num_groups)
-        return Start(x_BTD, positions_T, keys_L)
+        return Start(x_BTD, places, keys_L)
 
     def blocks(self) -> list[Block]:
         """The blocks one by one, in the order in which they run: for looking at what each does."""
@@ -156,14 +167,15 @@ class Decoder(nnx.Module):
         return [block for one in repeats for block in (one.blocks if isinstance(one, Group) else [one])]
 
     def embed_tokens(
-        self, tokens_BT: jax.Array, positions_T: jax.Array | np.ndarray, key: jax.Array | None = None
+        self, tokens_BT: jax.Array, index: jax.Array | np.ndarray, key: jax.Array | None = None
     ) -> jax.Array:
-        """Token and, where they are learned, position vectors: (B, T, D)."""
+        """Token and, where they are learned, position vectors: (B, T, D); `index` is (T,) or (B, T)."""
         x_BTD = self.embed(tokens_BT)
         if self.cfg.embed_scale:
             x_BTD = x_BTD * math.sqrt(self.cfg.embed_dim)
         if self.cfg.positions == "learned":
-            x_BTD = x_BTD + self.positions(jnp.asarray(positions_T))[None]
+            index = jnp.asarray(index)
+            x_BTD = x_BTD + self.positions(index if index.ndim == 2 else index[None])
         return stream(layers.dropout(x_BTD, self.cfg.dropout, key))
 
     def read_out(self, x_BTD: jax.Array) -> jax.Array:
@@ -190,8 +202,10 @@ class Decoder(nnx.Module):
         With experts the weighted balance losses are added to it, and with `z_loss_weight` that times `z_loss`, the
         mean square of logsumexp(logits); the metrics then hold the cross entropy as `nats`, and these
         (`artifex.models.transformer.moe.MoE`).
-        `batch`: `tokens` and `targets` (B, T), integers, and optionally `mask` (B, T), 1 where a target counts. There
-        is no noise, whatever its `index`. NaN for token ids outside the vocabulary, and for such targets where they
+        `batch`: `tokens` and `targets` (B, T), integers, and optionally `mask` (B, T), 1 where a target counts. Rows of
+        several documents have `segments` (B, T), integers, one number a document, which sees no other, and perhaps
+        `positions` (B, T), of each token in its document, which are else counted. There is no noise, whatever its
+        `index`. NaN for token ids outside the vocabulary, and for such targets where they
         count. Raises `TypeError` or `ValueError` for what is no such batch.
         """
         return staged_loss(self, batch, rngs, index)
@@ -205,13 +219,16 @@ class Decoder(nnx.Module):
 
     def before(self, rows: dict[str, Any], key: jax.Array | None) -> Start:
         """What enters the blocks."""
-        return self.begin(rows["tokens"], key)
+        packed = (rows.get("positions"), rows.get("segments"))
+        places = positions_of(self.cfg, rows["tokens"].shape, *packed, must_divide=True)
+        return self.begin(rows["tokens"], key, places)
 
     def after(
-        self, x_BTD: jax.Array, aux: Aux, beside: Any, rows: dict[str, Any]
+        self, x_BTD: jax.Array, aux: Aux, places: Positions, rows: dict[str, Any]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Loss and metrics of what the blocks made of the rows."""
-        nats, z_loss, weight = self.cross_entropy(x_BTD, rows["targets"], rows.get("mask"))
+        targets_BT, mask_BT = (places.arranged(rows.get(name)) for name in ("targets", "mask"))
+        nats, z_loss, weight = self.cross_entropy(x_BTD, targets_BT, mask_BT)
         cfg, loss = self.cfg, nats
         if cfg.num_experts:
             balance = cfg.load_balance_weight * aux["load_balance"] + cfg.router_z_weight * aux["router_z"]

@@ -15,6 +15,7 @@ from artifex.models.rows import fill_up
 from artifex.models.stack import stack_states, stack_with_state
 from artifex.models.transformer.attention import Attention, Place
 from artifex.models.transformer.linear_attention import LinearAttention
+from artifex.models.transformer.positions import Positions
 from artifex.scaling.execution import compiled
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ def _generate(
     def forward(tokens_BT: jax.Array, caches: Any, start: int | jax.Array, valid: int | jax.Array):
         """Logits (B, V) after the first `valid` of `tokens_BT`, which stand at positions `start` on, and the caches."""
         positions_T = start + jnp.arange(tokens_BT.shape[1])
-        x_BTD, caches = run(model.embed_tokens(tokens_BT, positions_T), caches, positions_T, start, valid)
+        places = Positions(positions_T)
+        x_BTD, caches = run(model.embed_tokens(tokens_BT, positions_T), caches, places, start, valid)
         x_B1D = jax.lax.dynamic_slice_in_dim(x_BTD, valid - 1, 1, axis=1)
         return model.read_out(x_B1D)[:, 0], caches
 
@@ -120,12 +122,12 @@ def decode(
     x_BTD: jax.Array,
     caches: Any,
     layer: jax.Array | None,
-    positions_T: jax.Array,
+    positions: Positions,
     start: int | jax.Array,
     valid: int | jax.Array,
 ) -> tuple[jax.Array, Any]:
     """A block, or a group of them, applied to a prompt or a token, and the caches: for `stack_with_state`."""
-    x_BTD, caches, _ = block(x_BTD, positions_T, None, caches, Place(layer, start, valid))
+    x_BTD, caches, _ = block(x_BTD, positions, None, caches, Place(layer, start, valid))
     return x_BTD, caches
 
 

@@ -15,9 +15,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from artifex.models import layers
+from artifex.models.attention import KEYS, QUERIES, SEGMENTS, sequence_parts, with_heads_of
 from artifex.models.transformer.attention import projections
 from artifex.models.transformer.config import DecoderConfig
-from artifex.scaling import axes
+from artifex.models.transformer.positions import Positions
+from artifex.scaling import axes, local
 
 CHUNK = 64  # positions that see each other by scores; longer ones grow quadratically, shorter ones make more states
 
@@ -57,9 +59,10 @@ class LinearAttention(nnx.Module):
         return State(jnp.zeros(shape if layers is None else (layers, *shape), jnp.float32)).sharded()
 
     def __call__(
-        self, x_BTD: jax.Array, positions_T: jax.Array | np.ndarray, cache: State | None = None, at: Any = None
+        self, x_BTD: jax.Array, positions: Positions, cache: State | None = None, at: Any = None
     ) -> tuple[jax.Array, State | None]:
-        """Attend within x, or, with a cache, go on from the state of its layer `at.layer`.
+        """Attend within x, or, with a cache, go on from the state of its layer `at.layer`; in rows of several documents
+        the state begins anew with each. Where the rules split the sequence, parts hand their state on.
 
         The first `at.valid` positions of x enter the new state; what follows is padding, which a state, unlike rows of
         a cache, could not overwrite later.
@@ -67,18 +70,12 @@ class LinearAttention(nnx.Module):
         state = cache
         if cache is not None and at is not None and at.layer is not None:
             state = State(cache.sum[at.layer])
-        query_BTNH, key_BTKH, value_BTKH = self.project(x_BTD, positions_T)
-        query_BTKGH = query_BTNH.reshape(*key_BTKH.shape[:3], -1, self.cfg.per_head)
-        mixed_BKGTH, state = chunked(
-            query_BTKGH.transpose(0, 2, 3, 1, 4),
-            key_BTKH.swapaxes(1, 2),
-            value_BTKH.swapaxes(1, 2),
-            decays(self.cfg.kv_heads),
-            state,
-            None if at is None else at.valid,
-        )
-        mixed_BKGTH = mixed_BKGTH * jax.lax.rsqrt(jnp.mean(jnp.square(mixed_BKGTH), axis=-1, keepdims=True) + 1e-5)
-        mixed_BTNH = mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(query_BTNH.shape).astype(x_BTD.dtype)
+        qkv, begins_BT = self.project(x_BTD, positions.index), positions.begins_BT
+        if cache is None and sequence_parts(*qkv[0].shape[:3]) > 1:
+            mixed_BTNH = mixed_by_parts(*qkv, np.log(decays(self.cfg.kv_heads)), begins_BT)
+        else:
+            valid = None if at is None else at.valid
+            mixed_BTNH, state = mixed(*qkv, np.log(decays(self.cfg.kv_heads)), begins_BT, state, valid)
         mixed_BTNH = checkpoint_name(mixed_BTNH, "attention")
         y_BTD = self.out(axes.shard(mixed_BTNH, "batch", "sequence", "act_heads", None))
         if cache is None or at is None:
@@ -87,7 +84,7 @@ class LinearAttention(nnx.Module):
             state = State(cache.sum.at[at.layer].set(state.sum))
         return y_BTD, state.sharded()
 
-    def project(self, x_BTD: jax.Array, positions_T: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x_BTD: jax.Array, index: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries (B, T, N, H) and keys (B, T, K, H), mapped by f and turned if the model is rotary, and values."""
         query_BTNH, key_BTKH, value_BTKH = layers.fused(x_BTD, self.query, self.key, self.value)
         query_BTNH = axes.shard(query_BTNH, "batch", "sequence", "act_heads", None)
@@ -98,8 +95,8 @@ class LinearAttention(nnx.Module):
             frequencies = layers.rope_frequencies(
                 self.cfg.per_head, self.cfg.rope_theta, self.cfg.rope_scaling_factor, self.cfg.rope_original_length
             )
-            query_BTNH = layers.rope(query_BTNH, positions_T, frequencies)
-            key_BTKH = layers.rope(key_BTKH, positions_T, frequencies)
+            query_BTNH = layers.rope(query_BTNH, index, frequencies)
+            key_BTKH = layers.rope(key_BTKH, index, frequencies)
         key_BTKH = key_BTKH * self.cfg.per_head**-0.5
         return tuple(checkpoint_name(x, "qkv") for x in (query_BTNH, key_BTKH, value_BTKH))
 
@@ -113,55 +110,123 @@ def decays(heads: int) -> np.ndarray:
     return 1 - 2.0 ** -np.linspace(6, 1, heads)
 
 
+def mixed(
+    query_BTNH: jax.Array,
+    key_BTKH: jax.Array,
+    value_BTKH: jax.Array,
+    log_K: np.ndarray | jax.Array,
+    begins_BT: jax.Array | None = None,
+    state: State | None = None,
+    valid: int | jax.Array | None = None,
+) -> tuple[jax.Array, State]:
+    """`chunked`, each head divided by its rms, as (B, T, N, H) in the dtype of the queries, and the state after it."""
+    query_BTKGH = query_BTNH.reshape(*key_BTKH.shape[:3], -1, query_BTNH.shape[-1])
+    heads_first = (query_BTKGH.transpose(0, 2, 3, 1, 4), key_BTKH.swapaxes(1, 2), value_BTKH.swapaxes(1, 2))
+    mixed_BKGTH, state = chunked(*heads_first, log_K, state, valid, begins_BT)
+    mixed_BKGTH = mixed_BKGTH * jax.lax.rsqrt(jnp.mean(jnp.square(mixed_BKGTH), axis=-1, keepdims=True) + 1e-5)
+    mixed_BTNH = mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(query_BTNH.shape).astype(query_BTNH.dtype)
+    return mixed_BTNH, state
+
+
+def mixed_by_parts(
+    query_BTNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array, log_K: np.ndarray, begins_BT: jax.Array | None
+) -> jax.Array:
+    """`mixed` of a sequence that is split: each device its own positions, with the state of those before handed on."""
+    key_BTKH, value_BTKH, heads = with_heads_of(query_BTNH, key_BTKH, value_BTKH)
+    log_K = jnp.asarray(np.repeat(log_K, key_BTKH.shape[2] // len(log_K)), jnp.float32)
+    keys = (*KEYS[:2], heads, None)
+    arrays, names = [query_BTNH, key_BTKH, value_BTKH, log_K], [QUERIES, keys, keys, (heads,)]
+    if begins_BT is not None:
+        arrays, names = [*arrays, begins_BT], [*names, SEGMENTS]
+    return local.local(lambda *arrays: mixed(*arrays)[0], inputs=names, outputs=QUERIES)(*arrays)
+
+
 def chunked(
     query_BKGTH: jax.Array,
     key_BKTH: jax.Array,
     value_BKTV: jax.Array,
-    decay_K: np.ndarray,
+    log_K: np.ndarray | jax.Array,
     state: State | None = None,
     valid: int | jax.Array | None = None,
+    begins_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, State]:
     """y_t = sum over s <= t of decay^(t - s) (q_t . k_s) v_s, (B, K, G, T, V) in float32, and the state after it.
 
     Within a chunk by scores, between chunks by the state S <- decay^C S + sum over the chunk of decay^(C - 1 - s)
-    k_s v_s^T. `state` is that of the positions before; of the T positions the first `valid` enter the new one.
+    k_s v_s^T. `log_K` are the logarithms of the decays. `state` is that of the positions before, to which the parts of
+    `sequence` before this one add theirs; of the T positions the first `valid` enter the new one. Where `begins_BT`, a
+    document begins, and nothing from before is seen; such rows have no `valid`.
     """
     B, K, G, T, H = query_BKGTH.shape
+    xp = np if isinstance(log_K, np.ndarray) else jnp
     C = min(CHUNK, T)
     L = -(-T // C)
     query_BKGLCH = _split(query_BKGTH, L, C)
     query_BKLRH = query_BKGLCH.swapaxes(2, 3).reshape(B, K, L, G * C, H)
     key_BKLCH, value_BKLCV = _split(key_BKTH, L, C), _split(value_BKTV, L, C)
-    log_K, ages = np.log(decay_K), np.arange(C)
+    ages = np.arange(C, dtype=np.float32)
+    # documents that have begun in the chunk before each of its positions, or with it
+    count_BLC = None
+    if begins_BT is not None:
+        count_BLC = jnp.cumsum(_split(begins_BT[..., None].astype(jnp.int32), L, C)[..., 0], axis=-1)
     # within chunks
     age_CC = ages[:, None] - ages[None]
-    kept_KCC = np.where(age_CC >= 0, np.exp(log_K[:, None, None] * np.maximum(age_CC, 0)), 0).astype(np.float32)
+    kept_KCC = xp.exp(log_K[:, None, None] * np.maximum(age_CC, 0)[None])
+    kept_KCC = xp.where((age_CC >= 0)[None], kept_KCC, 0).astype(np.float32)
     scores_BKLRC = jnp.einsum("BKLRH,BKLCH->BKLRC", query_BKLRH, key_BKLCH, preferred_element_type=jnp.float32)
-    scores_BKLRC = scores_BKLRC * np.tile(kept_KCC, (1, G, 1))[None, :, None]
+    scores_BKLRC = scores_BKLRC * xp.tile(kept_KCC, (1, G, 1))[None, :, None]
+    if count_BLC is not None:
+        same_BLCC = jnp.tile(count_BLC[..., None] == count_BLC[..., None, :], (1, 1, G, 1))
+        scores_BKLRC = jnp.where(same_BLCC[:, None], scores_BKLRC, 0.0)
     within_BKLRV = jnp.einsum(
         "BKLRC,BKLCV->BKLRV", scores_BKLRC.astype(value_BKLCV.dtype), value_BKLCV, preferred_element_type=jnp.float32
     )
     # between chunks
     count_L = jnp.clip((T if valid is None else valid) - C * np.arange(L), 0, C)
-    left_LC = count_L[:, None] - 1 - ages[None]  # positions that follow in the chunk; none for padding
+    left_LC = count_L[:, None] - 1 - np.arange(C)[None]  # positions that follow in the chunk; none for padding
     weight_KLC = jnp.where(
         left_LC >= 0, jnp.exp(_per_head(log_K, 2) * jnp.maximum(left_LC, 0).astype(jnp.float32)[None]), 0.0
     )
-    weighted_BKLCH = key_BKLCH.astype(jnp.float32) * weight_KLC[None, ..., None]
+    weight_1KLC, faded_1KL = weight_KLC[None], jnp.exp(_per_head(log_K, 1) * count_L.astype(jnp.float32)[None])[None]
+    if count_BLC is not None:  # what is left at the chunk's end is of the document there
+        weight_1KLC = jnp.where((count_BLC == count_BLC[..., -1:])[:, None], weight_1KLC, 0.0)
+        faded_1KL = jnp.where((count_BLC[..., -1] == 0)[:, None], faded_1KL, 0.0)
+    weighted_BKLCH = key_BKLCH.astype(jnp.float32) * weight_1KLC[..., None]
     added_BKLHV = jnp.einsum("BKLCH,BKLCV->BKLHV", weighted_BKLCH, value_BKLCV.astype(jnp.float32))
-    faded_KL = jnp.exp(_per_head(log_K, 1) * count_L.astype(jnp.float32)[None])
     first_BKHV = jnp.zeros_like(added_BKLHV[:, :, 0]) if state is None else state.sum
 
     def step(sum_BKHV: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        added_BKHV, faded_K = chunk
-        return sum_BKHV * faded_K[None, :, None, None] + added_BKHV, sum_BKHV
+        added_BKHV, faded_1K = chunk
+        return sum_BKHV * faded_1K[..., None, None] + added_BKHV, sum_BKHV
 
-    last_BKHV, before_LBKHV = jax.lax.scan(step, first_BKHV, (jnp.moveaxis(added_BKLHV, 2, 0), faded_KL.T))
-    reach_KR = np.tile(np.exp(log_K[:, None] * (ages + 1)), (1, G)).astype(np.float32)
-    reaching_BKLRH = query_BKLRH.astype(jnp.float32) * reach_KR[None, :, None, :, None]
+    chunks = (jnp.moveaxis(added_BKLHV, 2, 0), jnp.moveaxis(faded_1KL, 2, 0))
+    if local.parts("sequence") > 1:
+        own_BKHV, _ = jax.lax.scan(lambda sum, chunk: (step(sum, chunk)[0], None), jnp.zeros_like(first_BKHV), chunks)
+        first_BKHV = first_BKHV + handed_on(own_BKHV, jnp.prod(faded_1KL, axis=2))
+    last_BKHV, before_LBKHV = jax.lax.scan(step, first_BKHV, chunks)
+    reach_KR = xp.tile(xp.exp(log_K[:, None] * (ages + 1)[None]), (1, G)).astype(np.float32)
+    reach_1KLR = reach_KR[None, :, None]
+    if count_BLC is not None:  # up to the first document that begins
+        reach_1KLR = jnp.where(jnp.tile(count_BLC == 0, (1, 1, G))[:, None], reach_1KLR, 0.0)
+    reaching_BKLRH = query_BKLRH.astype(jnp.float32) * reach_1KLR[..., None]
     across_BKLRV = jnp.einsum("BKLRH,LBKHV->BKLRV", reaching_BKLRH, before_LBKHV)
     mixed_BKLGCV = (within_BKLRV + across_BKLRV).reshape(B, K, L, G, C, -1)
     return mixed_BKLGCV.swapaxes(2, 3).reshape(B, K, G, L * C, -1)[:, :, :, :T], State(last_BKHV)
+
+
+def handed_on(sum_BKHV: jax.Array, faded_1K: jax.Array) -> jax.Array:
+    """What the parts of `sequence` before this one leave of their sums, of which a part lets `faded_1K` through.
+
+    A prefix sum in log2 of the parts steps: Hillis and Steele 1986 (doi:10.1145/7902.7903).
+    """
+    here, shift = local.index("sequence"), 1
+    while shift < local.parts("sequence"):
+        earlier_BKHV, earlier_1K = local.neighbours((sum_BKHV, faded_1K), "sequence", shift)
+        there = here >= shift
+        sum_BKHV = sum_BKHV + jnp.where(there, faded_1K[..., None, None] * earlier_BKHV, 0.0)
+        faded_1K = jnp.where(there, faded_1K * earlier_1K, faded_1K)
+        shift *= 2
+    return jnp.where(here > 0, local.neighbours(sum_BKHV, "sequence"), 0.0)
 
 
 def _split(x: jax.Array, L: int, C: int) -> jax.Array:
@@ -170,5 +235,5 @@ def _split(x: jax.Array, L: int, C: int) -> jax.Array:
     return jnp.pad(x, ((0, 0),) * len(lead) + ((0, L * C - T), (0, 0))).reshape(*lead, L, C, H)
 
 
-def _per_head(log_K: np.ndarray, dims: int) -> np.ndarray:
+def _per_head(log_K: Any, dims: int) -> Any:
     return log_K.astype(np.float32).reshape(-1, *(1,) * dims)

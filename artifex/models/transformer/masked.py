@@ -28,6 +28,7 @@ from artifex.models.staged import Stack, Start, staged_loss
 from artifex.models.transformer.decoder import Decoder
 from artifex.models.transformer.generate import check_request, pick
 from artifex.models.transformer.masked_config import MaskedDiffusionConfig
+from artifex.models.transformer.positions import positions_of
 from artifex.scaling.execution import compiled
 
 
@@ -38,18 +39,28 @@ class MaskedDiffusion(nnx.Module):
         self.cfg = cfg
         self.decoder = Decoder(cfg.decoder, rngs=rngs)
 
-    def __call__(self, tokens_BT: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Logits (B, T, V), float32; that of the mask is -1e30: it is never what stands there."""
-        return without(self.decoder(tokens_BT, rngs), self.cfg.mask_id)
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        rngs: nnx.Rngs | None = None,
+        *,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits (B, T, V), float32; that of the mask is -1e30: it is never what stands there. `positions` and
+        `segments` (B, T) are those of `loss`."""
+        logits_BTV = self.decoder(tokens_BT, rngs, positions=positions, segments=segments)
+        return without(logits_BTV, self.cfg.mask_id)
 
     def loss(
         self, batch: dict[str, jax.Array], rngs: nnx.Rngs | None = None, *, index: int | jax.Array = 0
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Equation (1) in nats per token of `batch["targets"]`, and `{"weight": number of tokens}`.
 
-        `mask` (B, T), optional, is 1 where a token counts, else 0; the network sees the others hidden. The rows' h are
-        those of B strata; without `rngs`, what is hidden is that of batch `index`. NaN where a token that counts is not
-        in the data's vocabulary. Raises `TypeError` or `ValueError` for what is no batch of text.
+        `mask` (B, T), optional, is 1 where a token counts, else 0; the network sees the others hidden. `segments` and
+        `positions` (B, T), optional, are those of rows of several documents, as for the decoder; such a row is one x_0.
+        The rows' h are those of B strata; without `rngs`, what is hidden is that of batch `index`. NaN where a token
+        that counts is not in the data's vocabulary. Raises `TypeError` or `ValueError` for what is no batch of text.
         """
         return staged_loss(self, batch, rngs, index)
 
@@ -74,11 +85,14 @@ class MaskedDiffusion(nnx.Module):
         share_B1 = jnp.sum(weight_BT, axis=1, keepdims=True) / jnp.maximum(jnp.sum(counts_BT, axis=1, keepdims=True), 1)
         weight_BT = weight_BT / jnp.where(share_B1 > 0, share_B1, 1.0)
         rows = {"seen": seen_BT, "clean": clean_BT, "weight": weight_BT, "counts": counts_BT}
+        rows |= {name: batch[name] for name in ("positions", "segments") if name in batch}
         return rows, self.decoder.dropout_key(rngs)
 
     def before(self, rows: dict[str, Any], key: jax.Array | None) -> Start:
         """What enters the blocks."""
-        return self.decoder.begin(rows["seen"], key)
+        packed = (rows.get("positions"), rows.get("segments"))
+        places = positions_of(self.cfg.decoder, rows["seen"].shape, *packed, must_divide=True)
+        return self.decoder.begin(rows["seen"], key, places)
 
     def after(
         self, x_BTD: jax.Array, aux: Any, beside: Any, rows: dict[str, Any]
