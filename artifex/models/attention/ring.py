@@ -69,7 +69,8 @@ def ring(
     form = Form.of(*chunks, block, **bounds, scale=H**-0.5 if scale is None else scale)
     route = Route(form, n, halves, *chunks)
     attention = jax.custom_vjp(functools.partial(_output, route))
-    attention.defvjp(functools.partial(_forward, route), local.held(functools.partial(_backward, route)))
+    # both may be traced when the part is left: within a scan, JAX differentiates what was traced
+    attention.defvjp(*(local.held(functools.partial(half, route)) for half in (_forward, _backward)))
     return attention(query_BTNH, key_BSKH, value_BSKH, segments_BT)
 
 
@@ -138,6 +139,7 @@ class Route:
 
     def work(self, pairs: tuple[Pair, ...], step: Any) -> Iterator[tuple[Form, Any]]:
         """A form and a table of pairs of blocks for each kind of mask that a visit needs."""
+        assert local.parts("sequence") == self.parts, "a route is for the parts that it was made on"
         form, here = self.form, local.index("sequence")
         there = (here - step) % self.parts
         rows, columns = (-(-count // size) for count, size in ((self.queries, form.rows), (self.keys, form.columns)))
