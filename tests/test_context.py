@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, PartitionSpec
 from pydantic import ValidationError
 
 from artifex.config import Config
@@ -19,6 +19,7 @@ from artifex.models.attention import dot_product_attention, recording
 from artifex.models.attention.zigzag import from_zigzag, to_zigzag
 from artifex.models.transformer.config import DecoderConfig
 from artifex.models.transformer.decoder import Decoder
+from artifex.models.transformer.linear_attention import mixed, mixed_by_parts
 from artifex.models.transformer.masked import MaskedDiffusion
 from artifex.models.transformer.masked_config import MaskedDiffusionConfig
 from artifex.scaling.axes import Rules
@@ -26,6 +27,8 @@ from artifex.scaling.execution import Execution, execution
 from artifex.scaling.plan import Plan
 from artifex.scaling.strategies import combine, strategies_for
 from artifex.train import plan_of
+from artifex.training.state import blueprint
+from artifex.training.step import make_step
 
 ROWS, LENGTH = 2, 48
 
@@ -105,7 +108,7 @@ CASES = {
     "zigzag, window, softcap": (8, "zigzag", (4, 1), {"causal": True, "window": 7, "softcap": 1.5}),
     "in order, packed, window": (4, "given", (4, 2), {"causal": True, "window": 9, "segments": True}),
     "not causal": (8, "given", (4, 2), {"softcap": 0.7}),
-    "exchange": (4, "ulysses", (4, 2), {"causal": True, "window": 9, "segments": True}),
+    "exchange": (4, "ulysses", (8, 2), {"causal": True, "window": 9, "segments": True}),
 }
 MORE = {
     "zigzag of 2": (2, "zigzag", (4, 2), {"causal": True}),
@@ -175,21 +178,19 @@ def test_a_window_leaves_out_visits_that_nobody_looks_at():
     assert products(jaxpr(200).jaxpr) < 0.4 * products(jaxpr(None).jaxpr)
 
 
-def collectives(how, order="given"):
-    text = attention_on(how, order, causal=True).lower(*arrays(8, 8, 64)).compile().as_text()
-    shapes = {
-        kind: re.findall(rf"= (?:\()?(\w+\[[\d,]*\])[^=]* {kind}\(", text)
-        for kind in ("all-gather", "all-to-all", "collective-permute")
-    }
-    return {kind: [shape for shape in found if shape.startswith("f32")] for kind, found in shapes.items()}
+def collectives(how):
+    """The shapes of floats that each kind of collective of the compiled program brings, one for each of them."""
+    text = attention_on(how, causal=True).lower(*arrays(8, 8, 64)).compile().as_text()
+    kinds = ("all-gather", "all-to-all", "collective-permute")
+    return {kind: re.findall(rf"= \(?(f32\[[\d,]*\])[^=]* {kind}(?:-start)?\(", text) for kind in kinds}
 
 
 def test_keys_go_round_and_nothing_is_gathered():
     found = collectives(over(8))
     assert found["all-gather"] == found["all-to-all"] == []
-    # forwards keys and values at the first and in the loop, backwards too, their gradients also at the end and home
-    assert len(found["collective-permute"]) == 2 * 2 + 2 * 2 + 2 * 3
-    assert set(found["collective-permute"]) == {"f32[2,8,8,8]"}  # an eighth of the positions
+    # keys and values: to the first visit, the same in both directions, and in the loop of each direction; their
+    # gradients: in the loop, to the last visit, and home
+    assert found["collective-permute"] == ["f32[2,8,8,8]"] * (2 * 3 + 2 * 3)  # an eighth of the positions
 
 
 def test_positions_are_exchanged_for_heads_and_nothing_is_gathered():
@@ -225,14 +226,19 @@ def batch_of(packed=False, length=LENGTH):
     return {"tokens": tokens, "targets": targets, "mask": mask} | ({"segments": documents(length)} if packed else {})
 
 
-def loss_and_gradients(name, how, batch):
+@functools.cache
+def compiled_loss(name, how):
     graphdef, state = nnx.split(model_of(name))
 
     def loss(state, batch):
         with execution(how):
             return nnx.merge(graphdef, state).loss(batch)[0]
 
-    return jax.jit(jax.value_and_grad(loss))(nnx.to_pure_dict(state), batch)
+    return functools.partial(jax.jit(jax.value_and_grad(loss)), nnx.to_pure_dict(state))
+
+
+def loss_and_gradients(name, how, batch):
+    return compiled_loss(name, how)(batch)
 
 
 def by_strategies(by="ring", **sizes):
@@ -267,6 +273,87 @@ def test_loss_and_gradients_are_those_of_one_device(name, sizes, by, packed):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+TRAINED = {
+    "llama-nano": {"num_kv_heads": 2},
+    "gemma2-nano": {"num_kv_heads": 2, "window": 16},
+    "linear-nano": {"num_kv_heads": 4},
+    "masked-nano": {},
+}
+
+
+@functools.cache
+def trained(preset, **device):
+    """Losses and parameters of five steps."""
+    sizes = {"embed_dim": 32, "num_layers": 2, "num_heads": 4, "mlp_dim": 48, "sequence_length": 64}
+    sizes = sizes | TRAINED[preset]
+    config = Config.from_dict(
+        {
+            "model": {"name": preset, **({"decoder": sizes} if preset == "masked-nano" else sizes)},
+            "data": {"sequence_length": 64},
+            "training": {"batch_size": 4, "unroll": 1},
+            "optimizer": {"name": "adamw", "learning_rate": 1e-3, "eps": 1e-3},
+            "device": device,
+        }
+    )
+    count = int(np.prod([size for size in device.values() if isinstance(size, int)]))
+    plan = plan_of(config, count)
+    blue = blueprint(config, plan, plan.make_mesh(jax.devices()[:count]))
+    state, step, losses = blue.init(), make_step(blue), []
+    random = np.random.default_rng(0)
+    for _ in range(5):
+        tokens = random.integers(0, 256, (4, 65), np.int32)
+        batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
+        state, metrics = step(state, jax.device_put(batch, blue.batch_sharding(batch)))
+        losses.append(float(metrics["loss"]))
+    return losses, jax.device_get(state.params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", TRAINED)
+@pytest.mark.parametrize(
+    "device",
+    [{"context": 8}, {"fsdp": 2, "context": 4}, {"context": 4, "context_attention": "ulysses"}],
+    ids=["ring", "fsdp and ring", "exchange"],
+)
+def test_five_steps_are_those_of_one_device(preset, device):
+    (one, expected), (many, params) = trained(preset, fsdp=1), trained(preset, **device)
+    np.testing.assert_allclose(many, one, rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("by", ["ring", "linear"])
+def test_it_works_where_another_axis_is_manual_already(by):
+    """As in the stages of a pipeline: of two stages each attends over four parts."""
+    mesh, rules = mesh_of(stages=2, parts=4), Rules.of(activations={"sequence": "parts"})
+    given = arrays(4, 2)
+
+    def attend(*arrays):
+        if by == "ring":
+            return dot_product_attention(*arrays, causal=True)
+        return mixed_by_parts(*arrays, np.log([0.7, 0.9]), None)
+
+    def loss(arrays, direction):
+        def stage(*arrays):
+            with execution(Execution(rules=rules, mesh=mesh)):
+                return jax.checkpoint(attend)(*(x[0] for x in arrays))[None]
+
+        spec = PartitionSpec("stages")
+        staged = jax.shard_map(stage, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={"stages"}, check_vma=False)
+        return jnp.sum(staged(*arrays) * direction)
+
+    two = [np.stack([x, x[::-1]]) for x in given]
+    got = jax.jit(jax.grad(loss))(two[:3], two[3])
+    if by == "ring":
+        expected = written_out(*given, causal=True)[1:]
+    else:
+        alone = lambda *arrays: jnp.sum(mixed(*arrays, np.log([0.7, 0.9]))[0] * given[3])  # noqa: E731
+        expected = jax.jit(jax.grad(alone, argnums=(0, 1, 2)))(*given[:3])
+    for ours, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(ours[0], theirs, atol=1e-5)
+        np.testing.assert_allclose(ours[1], theirs[::-1], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "name", ["llama", "learned", "linear", pytest.param("gemma2", marks=pytest.mark.slow), "masked"]
 )
@@ -298,23 +385,17 @@ def test_a_packed_row_is_its_documents_alone(name):
 
 
 def test_a_packed_rows_loss_and_gradients_are_the_means_over_its_documents():
-    batch, alone = batch_of(packed=True), []
-    for row, document in [(row, document) for row in range(ROWS) for document in range(5)]:
-        there = batch["segments"][row] == document
-        only = {name: batch[name][[row]] for name in ("tokens", "targets", "segments")}
-        alone.append((batch["mask"][[row]] * there, only))
+    batch = batch_of(packed=True)
     loss, gradients = loss_and_gradients("llama", by_strategies(context=8), batch)
     total, summed = 0.0, jax.tree.map(np.zeros_like, gradients)
-    for mask, only in alone:  # a document where it stands in the row, everything else another token
-        hidden = (
-            {**only, "tokens": np.where(only["segments"] == only["segments"][mask > 0][:1], only["tokens"], 7)}
-            if mask.any()
-            else only
-        )
-        nats, grads = loss_and_gradients("llama", Execution(), hidden | {"mask": mask.astype(np.float32)})
+    for document in range(5):  # where it stands; every other token is another one, and does not count
+        own = batch["segments"] == document
+        mask = batch["mask"] * own
+        only = batch | {"tokens": np.where(own, batch["tokens"], 7).astype(np.int32), "mask": mask}
+        nats, each = loss_and_gradients("llama", Execution(), only)
         share = mask.sum() / batch["mask"].sum()
         total += float(nats) * share
-        summed = jax.tree.map(lambda sum, one, share=share: sum + share * np.asarray(one), summed, grads)
+        summed = jax.tree.map(lambda sum, one, share=share: sum + share * np.asarray(one), summed, each)
     np.testing.assert_allclose(loss, total, rtol=2e-6)
     for ours, expected in zip(jax.tree.leaves(gradients), jax.tree.leaves(summed), strict=True):
         np.testing.assert_allclose(ours, expected, atol=1e-5)
@@ -362,7 +443,9 @@ def test_a_length_that_need_not_be_balanced_may_be_any_multiple_of_the_devices()
 
 def test_a_model_refuses_to_train_on_what_does_not_divide_and_leaves_it_whole_otherwise():
     batch, how = batch_of(length=44), by_strategies(context=8)
-    with pytest.raises(ValueError, match="44 tokens does not divide over 16 chunks, two for each of the 8 parts .* 32"):
+    with pytest.raises(
+        ValueError, match=r"44 tokens does not divide over 16 chunks, two for each of the 8 parts .* 32"
+    ):
         loss_and_gradients("llama", how, batch)
     graphdef, state = nnx.split(model_of("llama"))
 
@@ -396,7 +479,7 @@ def test_attention_refuses_what_cannot_be(call, message):
 
 
 def test_how_positions_see_each_other_is_a_setting_of_the_device_section():
-    with pytest.raises((ValidationError, ValueError), match="context_attention.*'ulysses', but context is 1"):
+    with pytest.raises((ValidationError, ValueError), match=r"context_attention.*'ulysses', but context is 1"):
         configured(context_attention="ulysses")
     plan = Plan.from_device(configured(context=2, fsdp=4, context_attention="ulysses").device, 8)
     assert plan.execution(plan.make_mesh()).context_attention == "ulysses"
