@@ -230,8 +230,8 @@ def test_each_local_layer_reaches_as_far_back_as_its_window():
 
 def test_without_causality_every_position_sees_all_and_nothing_is_continued():
     model = models.create("llama-nano", rngs=nnx.Rngs(0), **SMALL, causal=False)
-    x, positions = model.embed_tokens(ids((1, 9)), np.arange(9)), np.arange(9)
-    reach = jax.jit(jax.jacobian(lambda x: jnp.sum(jnp.sin(through(model, Start(x, Positions(positions)))[0][0]), axis=-1)))(x)
+    x, places = model.embed_tokens(ids((1, 9)), np.arange(9)), Positions(np.arange(9))
+    reach = jax.jit(jax.jacobian(lambda x: jnp.sum(jnp.sin(through(model, Start(x, places))[0][0]), axis=-1)))(x)
     assert (np.abs(reach).sum((1, 3)) > 0).all()
     with pytest.raises(ValueError, match="causal=False"):
         model.sample(jax.random.key(0), prompt=ids((1, 3)), num_tokens=2)

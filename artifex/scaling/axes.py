@@ -333,6 +333,18 @@ class Layout:
         """Where an activation lives."""
         return resolve(names, shape, self.rules.activations, self.sizes).spec
 
+    def for_computing(self, names: Iterable[str | None]) -> Layout:
+        """That in which positions are not split by the mesh axes of other names among these."""
+        rules, shared = self.rules.activations, {"batch", "sequence"}
+        busy = {axis for rule in rules if rule.name in set(names) - shared for axis in rule.axes}
+        kept = tuple(
+            dataclasses.replace(
+                rule, axes=tuple(axis for axis in rule.axes if rule.name != "sequence" or axis not in busy)
+            )
+            for rule in rules
+        )
+        return dataclasses.replace(self, rules=dataclasses.replace(self.rules, activations=kept))
+
     def constrain(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
         """x, laid out so."""
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))

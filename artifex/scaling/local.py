@@ -34,14 +34,18 @@ def local(
     `outputs` names the dims of the array it returns; of a tuple of arrays, it is a list. On whole arrays `function`
     must compute the same, but for the parts. What no name splits, every device holds whole. Works inside a region that
     is manual over other mesh axes, such as a pipeline's stages. A name means one split, that of the first array that
-    has it: what is (batch, sequence) lies as the (batch, sequence, act_heads) before it. Raises `ValueError` for names
-    that do not fit their arrays, and where a size does not divide so, as for heads of which some do not.
+    has it: what is (batch, sequence) lies as the (batch, sequence, act_heads) before it. Positions are split by no mesh
+    axis that splits what is computed with, wherever that name stands: of a layer whose hidden units tensor parallelism
+    divides, each device needs all positions of its context. Raises `ValueError` for names that do not fit their arrays,
+    and where a size does not divide so, as for heads of which some do not.
     """
+    named = {name for names in (*inputs, *(outputs if isinstance(outputs, list) else [outputs])) for name in names}
 
     def call(*arrays: Any) -> Any:
         layout = axes.layout()
         if layout is None:
             return function(*arrays)
+        layout = layout.for_computing(named)
         specs, split = [], {}
         for names, array in zip(inputs, arrays, strict=True):
             specs.append(_spec(layout, names, array.shape, split))

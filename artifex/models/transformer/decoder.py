@@ -109,9 +109,7 @@ def stream(x_BTD: jax.Array) -> jax.Array:
     return axes.shard(x_BTD, "batch", "sequence", "hidden")
 
 
-def _apply(
-    block: Block | Group, x_BTD: jax.Array, places: Positions, key: jax.Array | None
-) -> tuple[jax.Array, Aux]:
+def _apply(block: Block | Group, x_BTD: jax.Array, places: Positions, key: jax.Array | None) -> tuple[jax.Array, Aux]:
     x_BTD, _, aux = block(x_BTD, places, key)
     return x_BTD, aux
 
