@@ -53,14 +53,8 @@ def splash(
     # the kernel knows no scale: one that is no power of two rounds 16-bit queries once more
     query_BTNH, key_BSKH = padded(query_BTNH * factor, rows), padded(key_BSKH, columns)
     shape = (query_BTNH.shape[1], key_BSKH.shape[1])
-    segments = None
-    if segments_BT is not None:  # padding of queries belongs to the last segment, that of keys to none
-        of_queries = jnp.pad(segments_BT, ((0, 0), (0, shape[0] - T)), mode="edge")
-        of_keys = jnp.pad(segments_BT, ((0, 0), (0, shape[1] - S)), constant_values=jnp.iinfo(jnp.int32).min)
-        segments = SegmentIds(of_queries, of_keys)
-    elif not causal and shape[1] != S:
-        hidden_BS = jnp.broadcast_to(jnp.arange(shape[1])[None] >= S, (query_BTNH.shape[0], shape[1]))
-        segments = SegmentIds(jnp.zeros((len(hidden_BS), shape[0]), jnp.int32), hidden_BS.astype(jnp.int32))
+    ids = segment_ids(segments_BT, query_BTNH.shape[0], T, S, shape, causal)
+    segments = None if ids is None else SegmentIds(*ids)
     if not causal:
         mask = FullMask(shape)
     else:  # what pads the keys comes after every query
@@ -85,3 +79,21 @@ def splash(
     heads_first = [x.swapaxes(1, 2) for x in (query_BTNH, key_BSKH, padded(value_BSKH, columns))]
     out_BNTH: Any = jax.vmap(lambda *arrays: kernel(*arrays[:3], segment_ids=arrays[3]))(*heads_first, segments)
     return out_BNTH[:, :, :T].swapaxes(1, 2)
+
+
+def segment_ids(
+    segments_BT: jax.Array | None, B: int, T: int, S: int, padded_to: tuple[int, int], causal: bool
+) -> tuple[jax.Array, jax.Array] | None:
+    """Segments of queries and of keys, padding counted, which queries that are none never see; None where all see all.
+
+    Padding of queries belongs to the last segment, so that it sees something. What pads the keys comes after every
+    query, which suffices where attention is causal.
+    """
+    queries, keys = padded_to
+    if segments_BT is not None:
+        of_queries = jnp.pad(segments_BT, ((0, 0), (0, queries - T)), mode="edge")
+        return of_queries, jnp.pad(segments_BT, ((0, 0), (0, keys - S)), constant_values=jnp.iinfo(jnp.int32).min)
+    if causal or keys == S:
+        return None
+    hidden_BS = jnp.broadcast_to(jnp.arange(keys)[None] >= S, (B, keys))
+    return jnp.zeros((B, queries), jnp.int32), hidden_BS.astype(jnp.int32)

@@ -182,18 +182,40 @@ def chunked(
         "BKLRC,BKLCV->BKLRV", scores_BKLRC.astype(value_BKLCV.dtype), value_BKLCV, preferred_element_type=jnp.float32
     )
     # between chunks
-    count_L = jnp.clip((T if valid is None else valid) - C * np.arange(L), 0, C)
+    weight_1KLC, faded_1KL = _kept(log_K, T if valid is None else valid, L, C, count_BLC)
+    weighted_BKLCH = key_BKLCH.astype(jnp.float32) * weight_1KLC[..., None]
+    added_BKLHV = jnp.einsum("BKLCH,BKLCV->BKLHV", weighted_BKLCH, value_BKLCV.astype(jnp.float32))
+    first_BKHV = jnp.zeros_like(added_BKLHV[:, :, 0]) if state is None else state.sum
+    last_BKHV, before_LBKHV = _states(first_BKHV, added_BKLHV, faded_1KL)
+    reach_KR = xp.tile(xp.exp(log_K[:, None] * (ages + 1)[None]), (1, G)).astype(np.float32)
+    reach_1KLR = reach_KR[None, :, None]
+    if count_BLC is not None:  # up to the first document that begins
+        reach_1KLR = jnp.where(jnp.tile(count_BLC == 0, (1, 1, G))[:, None], reach_1KLR, 0.0)
+    reaching_BKLRH = query_BKLRH.astype(jnp.float32) * reach_1KLR[..., None]
+    across_BKLRV = jnp.einsum("BKLRH,LBKHV->BKLRV", reaching_BKLRH, before_LBKHV)
+    mixed_BKLGCV = (within_BKLRV + across_BKLRV).reshape(B, K, L, G, C, -1)
+    return mixed_BKLGCV.swapaxes(2, 3).reshape(B, K, G, L * C, -1)[:, :, :, :T], State(last_BKHV)
+
+
+def _kept(
+    log_K: Any, valid: int | jax.Array, L: int, C: int, count_BLC: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """What is left at the end of a chunk of each of its positions, (1 or B, K, L, C), and of the state before it,
+    (1 or B, K, L)."""
+    count_L = jnp.clip(valid - C * np.arange(L), 0, C)
     left_LC = count_L[:, None] - 1 - np.arange(C)[None]  # positions that follow in the chunk; none for padding
     weight_KLC = jnp.where(
         left_LC >= 0, jnp.exp(_per_head(log_K, 2) * jnp.maximum(left_LC, 0).astype(jnp.float32)[None]), 0.0
     )
     weight_1KLC, faded_1KL = weight_KLC[None], jnp.exp(_per_head(log_K, 1) * count_L.astype(jnp.float32)[None])[None]
-    if count_BLC is not None:  # what is left at the chunk's end is of the document there
+    if count_BLC is not None:  # what is left is of the document there
         weight_1KLC = jnp.where((count_BLC == count_BLC[..., -1:])[:, None], weight_1KLC, 0.0)
         faded_1KL = jnp.where((count_BLC[..., -1] == 0)[:, None], faded_1KL, 0.0)
-    weighted_BKLCH = key_BKLCH.astype(jnp.float32) * weight_1KLC[..., None]
-    added_BKLHV = jnp.einsum("BKLCH,BKLCV->BKLHV", weighted_BKLCH, value_BKLCV.astype(jnp.float32))
-    first_BKHV = jnp.zeros_like(added_BKLHV[:, :, 0]) if state is None else state.sum
+    return weight_1KLC, faded_1KL
+
+
+def _states(first_BKHV: jax.Array, added_BKLHV: jax.Array, faded_1KL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The state after all chunks, and that before each, (L, B, K, H, V)."""
 
     def step(sum_BKHV: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         added_BKHV, faded_1K = chunk
@@ -203,15 +225,7 @@ def chunked(
     if local.parts("sequence") > 1:
         own_BKHV, _ = jax.lax.scan(lambda sum, chunk: (step(sum, chunk)[0], None), jnp.zeros_like(first_BKHV), chunks)
         first_BKHV = first_BKHV + handed_on(own_BKHV, jnp.prod(faded_1KL, axis=2))
-    last_BKHV, before_LBKHV = jax.lax.scan(step, first_BKHV, chunks)
-    reach_KR = xp.tile(xp.exp(log_K[:, None] * (ages + 1)[None]), (1, G)).astype(np.float32)
-    reach_1KLR = reach_KR[None, :, None]
-    if count_BLC is not None:  # up to the first document that begins
-        reach_1KLR = jnp.where(jnp.tile(count_BLC == 0, (1, 1, G))[:, None], reach_1KLR, 0.0)
-    reaching_BKLRH = query_BKLRH.astype(jnp.float32) * reach_1KLR[..., None]
-    across_BKLRV = jnp.einsum("BKLRH,LBKHV->BKLRV", reaching_BKLRH, before_LBKHV)
-    mixed_BKLGCV = (within_BKLRV + across_BKLRV).reshape(B, K, L, G, C, -1)
-    return mixed_BKLGCV.swapaxes(2, 3).reshape(B, K, G, L * C, -1)[:, :, :, :T], State(last_BKHV)
+    return jax.lax.scan(step, first_BKHV, chunks)
 
 
 def handed_on(sum_BKHV: jax.Array, faded_1K: jax.Array) -> jax.Array:
