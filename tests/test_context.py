@@ -138,6 +138,15 @@ def test_attention_over_parts_is_that_over_the_whole_with_its_gradients(case):
         np.testing.assert_allclose(ours, expected, atol=5e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("segments", [None, documents()], ids=["", "packed"])
+def test_any_attention_computes_the_exchanged_heads_that_takes_them(segments):
+    how, given = over(2, "ulysses", attention="auto" if segments is not None else "tiles"), arrays()
+    with recording() as taken:
+        out, *_ = attention_on(how, causal=True, segments=segments)(*given)
+    assert taken == {"tiles" if segments is None else "blockwise"}
+    np.testing.assert_allclose(out, written_out(*given, segments, causal=True)[0], atol=5e-6)
+
+
 def test_the_order_that_balances_is_undone_and_gives_each_part_an_early_and_a_late_chunk():
     for xp in (np, jnp):
         x = xp.arange(2 * 24).reshape(2, 24)

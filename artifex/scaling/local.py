@@ -153,7 +153,7 @@ def _parts(split: Mapping[str, tuple[str, ...]] | None) -> Iterator[None]:
 
 def _spec(layout: axes.Layout, names: axes.Names, shape: Sequence[int], split: dict[str, tuple]) -> PartitionSpec:
     """Where an array lives: each name is split as in an earlier array, else as the rules say; notes in `split` how."""
-    entries, taken = [], {axis for name in names for axis in split.get(name, ())}
+    entries, taken = [], {axis for name in names if name for axis in split.get(name, ())}
     for name, size, entry in zip(names, shape, layout.spec(names, shape), strict=True):
         over = (entry,) if isinstance(entry, str) else tuple(entry or ())
         if name is None:

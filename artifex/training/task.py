@@ -130,7 +130,7 @@ def attention_of(config: Config) -> dict[str, Any] | None:
             "softmax": cfg.attention != "linear",
             "setting": "data.sequence_length",
         }
-    network = getattr(spec, "network", None)
+    network: Any = getattr(spec, "network", None)
     if not hasattr(network, "patch_size"):
         return None
     tokens = (network.image_size // network.patch_size) ** 2

@@ -138,9 +138,10 @@ def _forward(
 def _backward(form: Form, keys: int, kept: Any, dout: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     query, key, value, segments, out, logsumexp = kept
     rows = (query, dout, logsumexp, shared(dout, out, key.shape[2]))
-    zeros = (jnp.zeros_like(query), *(jnp.zeros_like(x, dtype=jnp.float32) for x in (key, value)))
+    zeros = functools.partial(jnp.zeros_like, dtype=jnp.float32)
+    start = (jnp.zeros_like(query), zeros(key), zeros(value))
     pairs = form.pairs(query.shape[1], key.shape[1], keys)
-    dquery, dkey, dvalue = attend_backward(form, pairs, zeros, rows, (key, value), segments, form.scale)
+    dquery, dkey, dvalue = attend_backward(form, pairs, start, rows, (key, value), segments, form.scale)
     return dquery, dkey.astype(key.dtype), dvalue.astype(value.dtype), None
 
 

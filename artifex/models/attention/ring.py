@@ -70,7 +70,8 @@ def ring(
     route = Route(form, n, halves, *chunks)
     attention = jax.custom_vjp(functools.partial(_output, route))
     # both may be traced when the part is left: within a scan, JAX differentiates what was traced
-    attention.defvjp(*(local.held(functools.partial(half, route)) for half in (_forward, _backward)))
+    forward, backward = (local.held(functools.partial(half, route)) for half in (_forward, _backward))
+    attention.defvjp(forward, backward)
     return attention(query_BTNH, key_BSKH, value_BSKH, segments_BT)
 
 
@@ -111,11 +112,10 @@ class Route:
         reach = 2 * n if form.window is None else (form.window - 2) // self.queries + 1
         found = [Visit(0, ("own",) + ("late sees early",) * (self.halves == 2 and reach >= 1))]
         for step in range(1, n):
-            if self.halves == 1:
-                pairs = ("all",) * (step <= reach)
-            else:  # from `step` parts before, or round the ring from n - step after
-                pairs = ("late sees early",) * (min(1 + step, n + 1 - step) <= reach)
-                pairs += ("equal halves",) * (min(step, n - step) <= reach)
+            each: dict[Pair, int] = {"all": step}
+            if self.halves == 2:  # from `step` parts before, or round the ring from n - step after
+                each = {"late sees early": min(1 + step, n + 1 - step), "equal halves": min(step, n - step)}
+            pairs = tuple(pair for pair, least in each.items() if least <= reach)
             found += [Visit(step, pairs)] if pairs else []
         return found
 
@@ -201,10 +201,10 @@ def _backward(route: Route, kept: Any, dout_BTNH: jax.Array) -> tuple[Any, Any, 
     def add(dquery: Any, visitor: Any, pairs: tuple[Pair, ...], step: Any) -> tuple[Any, tuple]:
         keys, of_keys = visitor
         segments = None if of_queries is None else (of_queries, of_keys)
-        gradients = (dquery, *(zeros(x) for x in keys))
+        gradients = (dquery, zeros(keys[0]), zeros(keys[1]))
         for form, table in route.work(pairs, step):
             gradients = attend_backward(form, table, gradients, rows, keys, segments, 1.0)
-        return gradients[0], tuple(gradients[1:])
+        return gradients[0], gradients[1:]
 
     dquery, dkeys = _round(route, add, zeros(query), (keys, of_keys), tuple(zeros(x) for x in keys))
     dquery_BTNH = route.joined(route.form.scale * dquery, route.queries)

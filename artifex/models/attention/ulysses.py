@@ -29,8 +29,8 @@ def ulysses(
     The query heads must divide by the parts. Key heads that do not are each sent as often as makes them.
     """
     query, *keys = exchanged(query_BTNH, key_BSKH, value_BSKH)
-    segments_BT = None if segments_BT is None else local.gathered(segments_BT, "sequence", dim=1)
-    mixed_BTNH = attention(query, *keys, segments_BT)
+    segments = () if segments_BT is None else (local.gathered(segments_BT, "sequence", dim=1),)
+    mixed_BTNH = attention(query, *keys, *segments)
     return local.exchange(mixed_BTNH, "sequence", split=1, join=2)
 
 

@@ -78,7 +78,7 @@ class LinearAttention(nnx.Module):
             mixed_BTNH, state = mixed(*qkv, np.log(decays(self.cfg.kv_heads)), begins_BT, state, valid)
         mixed_BTNH = checkpoint_name(mixed_BTNH, "attention")
         y_BTD = self.out(axes.shard(mixed_BTNH, "batch", "sequence", "act_heads", None))
-        if cache is None or at is None:
+        if cache is None or at is None or state is None:
             return y_BTD, None
         if at.layer is not None:
             state = State(cache.sum.at[at.layer].set(state.sum))
@@ -133,9 +133,9 @@ def mixed_by_parts(
 ) -> jax.Array:
     """`mixed` of a sequence that is split: each device its own positions, with the state of those before handed on."""
     key_BTKH, value_BTKH, heads = with_heads_of(query_BTNH, key_BTKH, value_BTKH)
-    log_K = jnp.asarray(np.repeat(log_K, key_BTKH.shape[2] // len(log_K)), jnp.float32)
+    logs_K = jnp.asarray(np.repeat(log_K, key_BTKH.shape[2] // len(log_K)), jnp.float32)
     keys = (*KEYS[:2], heads, None)
-    arrays, names = [query_BTNH, key_BTKH, value_BTKH, log_K], [QUERIES, keys, keys, (heads,)]
+    arrays, names = [query_BTNH, key_BTKH, value_BTKH, logs_K], [QUERIES, keys, keys, (heads,)]
     if begins_BT is not None:
         arrays, names = [*arrays, begins_BT], [*names, SEGMENTS]
     return local.local(lambda *arrays: mixed(*arrays)[0], inputs=names, outputs=QUERIES)(*arrays)
