@@ -188,7 +188,7 @@ def test_a_linear_kernel_is_split_on_the_dim_asked_for(dimension, spec):
 
 def test_tensor_parallel_activations_follow_the_weights():
     for name in ACTIVATION_AXES:
-        split = name in ("act_heads", "act_kv_heads", "act_mlp", "act_vocab")
+        split = name in ("act_heads", "act_kv_heads", "act_mlp", "act_vocab", "act_channels")
         assert TENSOR.get_partition_spec(("batch", name)) == (P(None, "model") if split else P(None, None))
 
 
