@@ -16,7 +16,7 @@ from artifex.scaling.execution import Execution, execution
 from artifex.train import train
 
 SMALL = {"num_layers": 2, "embed_dim": 32, "num_heads": 2, "num_kv_heads": 2, "mlp_dim": 64, "sequence_length": 16}
-NAMED = ["qkv=keep", "attention=keep", "hidden=keep", "qkv=keep,attention=keep,hidden=keep"]
+NAMED = ["qkv=keep", "attention=keep", "hidden=keep", "branch=keep", "qkv=keep,attention=keep,hidden=keep"]
 
 
 @pytest.mark.parametrize(
@@ -123,6 +123,7 @@ def test_what_is_kept_is_not_computed_again():
     assert again["qkv=keep"] == 5
     assert again["attention=keep"] == 6
     assert again["hidden=keep"] == 6
+    assert again["branch=keep"] == 7  # of what a layer adds, the output projection alone is read again
     assert again["qkv=keep,attention=keep,hidden=keep"] == 1  # the projection of attention's output
     assert again["dots"] == 0  # nor the scores: the output of attention is kept, and its backward needs no more
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -269,11 +269,17 @@ def rope(x: jax.Array, positions: jax.Array | np.ndarray, frequencies: np.ndarra
     return turned.astype(x.dtype)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zero a fraction `rate` of x and scale up the rest; without a key, x as it is."""
+def dropout(
+    x: jax.Array, rate: float, key: jax.Array | None, arranged: Callable[[jax.Array], jax.Array] | None = None
+) -> jax.Array:
+    """Zero a fraction `rate` of x and scale up the rest; without a key, x as it is.
+
+    `arranged` puts what is drawn into the order of x, so that an order changes no number.
+    """
     if key is None or rate == 0:
         return x
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    kept = kept if arranged is None else arranged(kept)
     return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 
 

@@ -15,6 +15,7 @@ RESIDUALS: dict[str, str] = {
     "qkv": "queries, keys and values, as attention takes them",
     "attention": "the output of attention before its projection, and what its own backward pass needs besides",
     "hidden": "the products that a feed-forward layer's activation reads",
+    "branch": "what a layer adds to the stream: where it is kept, no sum over tensor devices is taken again",
     "block": "the stream between blocks, from which the rest is computed again",
 }
 """What a setting may name, a sentence each."""

@@ -254,6 +254,7 @@ class Block(nnx.Module):
     def close(self, x_BTD: jax.Array, mixed_BTNH: jax.Array, rest: list[jax.Array]) -> jax.Array:
         """The stream after attention, which gave `mixed_BTNH`, and after the feed-forward layer."""
         gate_BD, shift_BD, scale_BD, mlp_gate_BD = rest
-        x_BTD = stream(x_BTD + gate_BD[:, None] * self.attention.out(by_heads(mixed_BTNH)))
-        h_BTD = modulate(normalise(x_BTD, self.mlp_norm_eps), shift_BD, scale_BD)
-        return stream(x_BTD + mlp_gate_BD[:, None] * self.mlp(h_BTD))
+        branch_BTD = checkpoint_name(stream(self.attention.out(by_heads(mixed_BTNH))), "branch")
+        x_BTD = stream(x_BTD + gate_BD[:, None] * branch_BTD)
+        branch_BTD = self.mlp(modulate(normalise(x_BTD, self.mlp_norm_eps), shift_BD, scale_BD))
+        return stream(x_BTD + mlp_gate_BD[:, None] * checkpoint_name(stream(branch_BTD), "branch"))

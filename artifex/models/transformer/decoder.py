@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from artifex.models import layers
 from artifex.models.batch import check_text
@@ -57,19 +58,27 @@ class Block(nnx.Module):
         """The stream after the block, its attention's cache, and what its experts report."""
         keys = (None, None) if key is None else jax.random.split(key)
         mixed_BTD, cache = self.attention(self.attention_norm(x_BTD), positions, cache, at)
-        x_BTD = self.add(x_BTD, mixed_BTD, self.attention_post_norm, keys[0])
+        x_BTD = self.add(x_BTD, mixed_BTD, self.attention_post_norm, keys[0], positions)
         mixed_BTD, aux = self.feed_forward(self.mlp_norm(x_BTD), decoding=at is not None)
-        return self.add(x_BTD, mixed_BTD, self.mlp_post_norm, keys[1]), cache, aux
+        return self.add(x_BTD, mixed_BTD, self.mlp_post_norm, keys[1], positions), cache, aux
 
     def feed_forward(self, x_BTD: jax.Array, *, decoding: bool = False) -> tuple[jax.Array, Aux]:
         """The dense layer, or the mixture of experts and its report; decoding, experts take every token, because a
         capacity would be shared with the padding of other prompts."""
         return self.moe(x_BTD, dropless=decoding) if self.mlp is None else (self.mlp(x_BTD), {})
 
-    def add(self, x_BTD: jax.Array, branch_BTD: jax.Array, norm: nnx.Module | None, key: jax.Array | None) -> jax.Array:
+    def add(
+        self,
+        x_BTD: jax.Array,
+        branch_BTD: jax.Array,
+        norm: nnx.Module | None,
+        key: jax.Array | None,
+        positions: Positions,
+    ) -> jax.Array:
         """The stream with a branch's output added."""
+        branch_BTD = checkpoint_name(stream(branch_BTD), "branch")
         branch_BTD = branch_BTD if norm is None else norm(branch_BTD)
-        return stream(x_BTD + layers.dropout(branch_BTD, self.dropout, key))
+        return stream(x_BTD + layers.dropout(branch_BTD, self.dropout, key, positions.arranged))
 
 
 class Group(nnx.Module):
@@ -155,7 +164,8 @@ class Decoder(nnx.Module):
         """The embedded tokens in the order of `places`, these beside them, and a key for each layer. Raises
         `ValueError` for too many tokens."""
         self.check_length(tokens_BT.shape[1])
-        x_BTD = self.embed_tokens(places.arranged(tokens_BT), places.index, key)
+        x_BTD = self.embed_tokens(places.arranged(tokens_BT), places.index)
+        x_BTD = stream(layers.dropout(x_BTD, self.cfg.dropout, key, places.arranged))
         keys_L = None if key is None else jax.random.split(jax.random.fold_in(key, 1), self.cfg.num_groups)
         return Start(x_BTD, places, keys_L)
 
@@ -164,9 +174,7 @@ class Decoder(nnx.Module):
         repeats: list[Any] = unstack(self.layers, self.cfg.num_groups)
         return [block for one in repeats for block in (one.blocks if isinstance(one, Group) else [one])]
 
-    def embed_tokens(
-        self, tokens_BT: jax.Array, index: jax.Array | np.ndarray, key: jax.Array | None = None
-    ) -> jax.Array:
+    def embed_tokens(self, tokens_BT: jax.Array, index: jax.Array | np.ndarray) -> jax.Array:
         """Token and, where they are learned, position vectors: (B, T, D); `index` is (T,) or (B, T)."""
         x_BTD = self.embed(tokens_BT)
         if self.cfg.embed_scale:
@@ -174,7 +182,7 @@ class Decoder(nnx.Module):
         if self.cfg.positions == "learned":
             index = jnp.asarray(index)
             x_BTD = x_BTD + self.positions(index if index.ndim == 2 else index[None])
-        return stream(layers.dropout(x_BTD, self.cfg.dropout, key))
+        return stream(x_BTD)
 
     def read_out(self, x_BTD: jax.Array) -> jax.Array:
         """Final norm and output head: float32 logits (B, T, V)."""
