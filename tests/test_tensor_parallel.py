@@ -18,6 +18,7 @@ from artifex.models.transformer.config import DecoderConfig
 from artifex.models.transformer.decoder import Block, stream
 from artifex.scaling import axes, placement
 from artifex.scaling.execution import Execution, execution
+from artifex.scaling.local import local, total
 from artifex.scaling.mesh_utils import create_device_mesh
 from artifex.scaling.plan import Plan
 from artifex.scaling.strategies import combine, strategies_for
@@ -203,6 +204,26 @@ def test_a_layer_of_a_decoder_moves_its_stream_as_often_as_megatron_does(sequenc
     # on a CPU a reduce-scatter is an all-reduce and a slice; `test_targets` counts those of a GPU
     assert moved(program, "all-reduce") == [x_BTD.size] * 2
     assert moved(program, "all-gather") == ([x_BTD.size] * 2 if sequence_parallel else [])
+
+
+def test_devices_that_share_hidden_units_have_the_same_positions_inside_local():
+    rules, mesh = spread({"data": 2, "tensor": 4}, sequence_parallel=True)
+    x_BTD, up_DF, down_FD = (
+        jax.random.normal(jax.random.key(n), s) for n, s in enumerate(((4, 8, 6), (6, 16), (16, 6)))
+    )
+    stream_names = ("batch", "sequence", None)
+    layer = local(
+        lambda x, up, down: total(jnp.tanh(x @ up) @ down, "act_mlp"),
+        inputs=(stream_names, (None, "act_mlp"), ("act_mlp", None)),
+        outputs=stream_names,
+    )
+
+    def on_mesh(x_BTD, up_DF, down_FD):
+        with execution(Execution(rules=rules, mesh=mesh)):
+            return stream(layer(stream(x_BTD), up_DF, down_FD))
+
+    expected = jnp.tanh(x_BTD @ up_DF) @ down_FD
+    np.testing.assert_allclose(jax.jit(on_mesh)(x_BTD, up_DF, down_FD), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
