@@ -1,6 +1,7 @@
-"""The figures of the pages on models: `python docs/_figures.py RUNS`, RUNS the folder that holds the runs of configs/.
+"""The figures of the pages: `python docs/_figures.py [RUNS]`, RUNS the folder that holds the runs of configs/.
 
-Figures of formulas are drawn from the library's own functions, figures of samples from the newest checkpoints.
+Figures of formulas, layouts and schedules are drawn from the library's own functions, figures of samples from the
+newest checkpoints under RUNS.
 """
 
 import sys
@@ -19,9 +20,59 @@ from artifex.models.attention.tiles import seen
 from artifex.models.diffusion.process import DDPM, EDM, FlowMatching
 from artifex.models.transformer.linear_attention import decays
 from artifex.sample import load
+from artifex.scaling.axes import resolve
+from artifex.scaling.pictures import draw_schedule, draw_shards
+from artifex.scaling.pipeline.schedules import Schedule
+from artifex.scaling.strategies import combine, strategies_for
 
 IMAGES = Path(__file__).parent / "images"
 COLUMNS = 10  # a digit each
+UP = ("layers", "embed", "mlp"), (8, 64, 128)  # the first projection of the feed-forward layers
+STREAM = ("batch", "sequence", "hidden"), (8, 16, 8)
+LAYOUTS = {  # page -> rows of (title, mesh, settings, table, tensor)
+    "data": [
+        ("weights, gradients, optimizer: data=8", {"data": 8}, {}, "params", UP),
+        ("optimizer, zero=1 and 2; gradients, zero=2", {"data": 8}, {"zero": 2}, "optimizer", UP),
+        ("the stream of a layer", {"data": 8}, {}, "activations", STREAM),
+    ],
+    "fsdp": [
+        ("weights, gradients, optimizer: fsdp=8", {"fsdp": 8}, {}, "params", UP),
+        ("the stream of a layer: fsdp=8", {"fsdp": 8}, {}, "activations", STREAM),
+        ("hybrid, weights: data=2, fsdp=4", {"data": 2, "fsdp": 4}, {}, "params", UP),
+    ],
+    "tensor": [
+        ("up, (embed, mlp): tensor=8", {"tensor": 8}, {}, "params", (("embed", "mlp"), (64, 64))),
+        ("down, (mlp, embed)", {"tensor": 8}, {}, "params", (("mlp", "embed"), (64, 64))),
+        (
+            "inside a layer, (batch, sequence, act_mlp)",
+            *({"tensor": 8}, {"sequence_parallel": True}, "activations"),
+            (("batch", "sequence", "act_mlp"), (4, 16, 16)),
+        ),
+        (
+            "between layers, (batch, sequence, hidden)",
+            *({"tensor": 8}, {"sequence_parallel": True}, "activations"),
+            (("batch", "sequence", "hidden"), (4, 16, 16)),
+        ),
+    ],
+    "expert": [
+        (
+            "kernels of experts: expert=8",
+            *({"expert": 8}, {}, "params"),
+            (("layers", "experts", "embed", "expert_mlp"), (2, 8, 16, 8)),
+        ),
+        ("all other weights", {"expert": 8}, {}, "params", UP),
+        ("the stream of a layer", {"expert": 8}, {}, "activations", STREAM),
+    ],
+    "context": [
+        ("the stream of a layer: context=8", {"context": 8}, {}, "activations", STREAM),
+        ("weights, gradients, optimizer", {"context": 8}, {}, "params", UP),
+    ],
+    "pipeline": [
+        ("weights of the stack: pipeline=8", {"pipeline": 8}, {}, "params", UP),
+        ("outside of the stack, (vocab, embed)", {"pipeline": 8}, {}, "params", (("vocab", "embed"), (64, 128))),
+        ("weights of the stack: pipeline=2, tensor=4", {"pipeline": 2, "tensor": 4}, {}, "params", UP),
+    ],
+}
 
 
 def attention() -> None:
@@ -72,6 +123,37 @@ def schedules() -> None:
         axes.spines[["top", "right"]].set_visible(False)
     right.legend(frameon=False)
     figure.savefig(IMAGES / "diffusion_schedules.png", dpi=110)
+
+
+def layouts() -> None:
+    """How weights and activations lie on eight devices, a figure for each page of docs/scaling."""
+    for page, rows in LAYOUTS.items():
+        high = [1.0 + 0.5 * (len(sizes) > 1) for _, sizes, *_ in rows]
+        figure = Figure(figsize=(9, 1.6 * sum(high)), layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.12)  # pyright: ignore[reportOptionalMemberAccess]
+        for axes, (title, sizes, settings, table, (names, shape)) in zip(
+            figure.subplots(len(rows), 1, height_ratios=high), rows, strict=True
+        ):
+            rules = combine(strategies_for(list(sizes), **settings))
+            spec = resolve(names, shape, getattr(rules, table), sizes).spec
+            draw_shards(axes, spec, shape, sizes, names)
+            axes.set_title(title, loc="left", size="medium")
+        figure.savefig(IMAGES / f"layout_{page}.png", dpi=110)
+
+
+def pipelines() -> None:
+    """What four devices do with eight microbatches under each schedule, drawn from its table."""
+    schedules = [Schedule("gpipe", 4, 8), Schedule("1f1b", 4, 8), Schedule("interleaved", 4, 8, 2)]
+    figure = Figure(figsize=(11, 6.2), layout="constrained")
+    for axes, schedule in zip(figure.subplots(3, 1), schedules, strict=True):
+        V = schedule.stages_per_device
+        draw_schedule(axes, schedule, 1 / V, 2 / V)  # a stage of half the layers takes half the time
+        title = f"{schedule}: idle {schedule.bubble():.0%}"
+        axes.set_title(title, loc="left", size="medium")
+    wide = max(axes.get_xlim()[1] for axes in figure.axes)
+    for axes in figure.axes:
+        axes.set_xlim(0, wide)
+    figure.savefig(IMAGES / "pipeline_schedules.png", dpi=110)
 
 
 def autoencoders(runs: Path) -> None:
@@ -135,7 +217,9 @@ def _rows(rows: dict[str, np.ndarray], name: str) -> None:
 
 
 if __name__ == "__main__":
-    attention()
-    schedules()
+    for figure in (attention, schedules, layouts, pipelines):
+        figure()
+    if len(sys.argv) == 1:
+        sys.exit()
     for figure in (autoencoders, latents, samples, guidance):
         figure(Path(sys.argv[1]))

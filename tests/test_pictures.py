@@ -1,4 +1,6 @@
-"""Pictures of shardings show what JAX does: each device's filled part is the slice that it holds."""
+"""Pictures show what is: each device's filled part is the slice that JAX gives it, a schedule's cells are its turns."""
+
+import itertools
 
 import pytest
 from jax.sharding import Mesh, NamedSharding
@@ -7,7 +9,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from artifex.scaling.mesh_utils import create_device_mesh
-from artifex.scaling.pictures import draw_shards
+from artifex.scaling.pictures import draw_schedule, draw_shards
+from artifex.scaling.pipeline.schedules import Schedule
 
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
 
@@ -79,3 +82,34 @@ def test_frames_of_one_mesh_never_overlap():
 def test_what_cannot_be_drawn_is_said(spec, shape, says):
     with pytest.raises(ValueError, match=says):
         drawn(spec, shape, SIZES, (None,) * len(shape))
+
+
+@pytest.mark.parametrize(
+    "schedule", [Schedule("gpipe", 4, 6), Schedule("1f1b", 4, 6), Schedule("interleaved", 3, 6, 2)], ids=str
+)
+def test_a_schedule_is_drawn_with_each_microbatch_once_forwards_and_backwards_in_every_stage(schedule):
+    axes = Figure().subplots()
+    draw_schedule(axes, schedule)
+    idle, *cells = axes.patches
+    S, M, stages = schedule.devices, schedule.microbatches, schedule.stages
+    every = {(way, m, g) for way in ("forward", "backward") for m in range(M) for g in range(stages)}
+    seen, spans = set(), {}
+    for cell, text in zip(cells, axes.texts, strict=True):
+        way, m, _, g = cell.get_gid().split()
+        seen.add((way, int(m), int(g)))
+        assert cell.get_y() == int(g) % S and text.get_text() == m
+        assert cell.get_x() < text.get_position()[0] < cell.get_x() + cell.get_width()
+        spans[way, int(m), int(g)] = (cell.get_x(), cell.get_x() + cell.get_width())
+    assert seen == every and len(cells) == len(every)
+    for way, m, g in every:  # nothing begins before what it waits for has ended
+        if way == "forward" and g:
+            assert spans["forward", m, g - 1][1] <= spans[way, m, g][0]
+        if way == "backward":
+            before = ("forward", m, g) if g == stages - 1 else ("backward", m, g + 1)
+            assert spans[before][1] <= spans[way, m, g][0]
+    for device in range(S):  # and no device does two things at once
+        of = sorted(span for (_, _, g), span in spans.items() if g % S == device)
+        assert all(ended <= began for (_, ended), (began, _) in itertools.pairwise(of))
+    area = sum(cell.get_width() for cell in cells)
+    bubble = (S - 1) / (schedule.stages_per_device * M + S - 1)
+    assert 1 - area / (S * idle.get_width()) == pytest.approx(bubble)

@@ -1,4 +1,4 @@
-"""Pictures of where a tensor lives: each device of a mesh, and the part of the tensor that it holds."""
+"""Pictures of how a run is spread: the part of a tensor that each device holds, and what each does of a pipeline."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 from jax.sharding import Mesh, PartitionSpec
 
 from artifex.scaling.axes import Names, check_names, mesh_sizes
+from artifex.scaling.pipeline.schedules import Schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 GREY = "0.75"  # of a tensor that nothing divides
+IDLE = "0.9"
 GAP = 0.3  # between frames, in widths of a frame
 
 
@@ -56,6 +58,40 @@ def draw_shards(
     axes.set(xlim=(0, left + 1), ylim=(top + height, -0.25), aspect="equal", anchor="NW", xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     axes.set_xlabel(_caption(sizes, shape, names, above, right), loc="left", size="small", color="0.3")
+
+
+def draw_schedule(axes: Axes, schedule: Schedule, forward: float = 1.0, backward: float = 2.0) -> None:
+    """Draw on matplotlib's `axes` what each device does when: a row for each device, time to the right.
+
+    Blue is a microbatch forwards, orange one backwards, its number in it, darker in a device's later stages; grey is
+    idle. A tick is as wide as its turns take, `forward` and `backward` for those that any device has in it, as in
+    `Schedule.time`.
+    """
+    from matplotlib import colormaps
+    from matplotlib.patches import Rectangle
+
+    S, V, left = schedule.devices, schedule.stages_per_device, 0.0
+    axes.add_patch(Rectangle((0, 0), schedule.time(forward, backward), S, color=IDLE, lw=0, gid="idle"))
+    for row in schedule.turns:
+        for way, (word, width, colours) in enumerate(
+            (("forward", forward, "Blues"), ("backward", backward, "Oranges"))
+        ):
+            if not any(pair[way] for pair in row):
+                continue
+            for device, pair in enumerate(row):
+                if (turn := pair[way]) is None:
+                    continue
+                microbatch, stage = turn
+                shade = 0.35 + 0.4 * (stage // S) / max(V - 1, 1)
+                cell = Rectangle((left, device), width, 1, fc=colormaps[colours](shade), ec="white", lw=0.8)
+                axes.add_patch(cell).set_gid(f"{word} {microbatch} stage {stage}")
+                ink = "white" if shade > 0.6 else "0.1"
+                axes.text(left + width / 2, device + 0.5, str(microbatch), ha="center", va="center", color=ink)
+            left += width
+    axes.set(xlim=(0, left), ylim=(S, 0), xticks=[], yticks=[device + 0.5 for device in range(S)])
+    axes.set_yticklabels([f"device {device}" for device in range(S)])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
 
 
 def _axes_of_dims(spec: PartitionSpec, shape: Sequence[int], sizes: Mapping[str, int]) -> list[tuple[str, ...]]:
