@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from artifex.data.image_batches import all_images
 from artifex.data.images import load_images
@@ -129,8 +130,7 @@ def layouts() -> None:
     """How weights and activations lie on eight devices, a figure for each page of docs/scaling."""
     for page, rows in LAYOUTS.items():
         high = [1.0 + 0.5 * (len(sizes) > 1) for _, sizes, *_ in rows]
-        figure = Figure(figsize=(9, 1.6 * sum(high)), layout="constrained")
-        figure.get_layout_engine().set(h_pad=0.12)  # pyright: ignore[reportOptionalMemberAccess]
+        figure = Figure(figsize=(9, 1.6 * sum(high)), layout=ConstrainedLayoutEngine(h_pad=0.12))
         for axes, (title, sizes, settings, table, (names, shape)) in zip(
             figure.subplots(len(rows), 1, height_ratios=high), rows, strict=True
         ):
