@@ -147,7 +147,7 @@ def pipelines() -> None:
     figure = Figure(figsize=(11, 6.2), layout="constrained")
     for axes, schedule in zip(figure.subplots(3, 1), schedules, strict=True):
         V = schedule.stages_per_device
-        draw_schedule(axes, schedule, 1 / V, 2 / V)  # a stage of half the layers takes half the time
+        draw_schedule(axes, schedule, 1 / V, 3 / V)  # backwards it is computed again; half the layers take half
         title = f"{schedule}: idle {schedule.bubble():.0%}"
         axes.set_title(title, loc="left", size="medium")
     wide = max(axes.get_xlim()[1] for axes in figure.axes)

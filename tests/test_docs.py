@@ -1,8 +1,10 @@
 """Every python block of the documentation runs, in order, and prints what the page says it prints."""
 
+import json
 import platform
 import re
 import runpy
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -11,17 +13,27 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from artifex.cli import parse_train
 from artifex.config import Config, DeviceConfig
 from artifex.data.text import load_text
 from artifex.scaling import remat, sharding
 from artifex.scaling.axes import ACTIVATION_AXES, WEIGHT_AXES
 from artifex.scaling.mesh_utils import create_device_mesh, setup_mesh
 from artifex.scaling.plan import Plan
-from artifex.train import dry_run
+from artifex.train import dry_run, plan_of, train
+from artifex.training.state import blueprint
 
 ROOT = Path(__file__).parents[1]
-MODELS = sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs/models").glob("*.md"))
-PAGES = [page for page in ("README.md", "docs/quickstart.md", "docs/scaling.md", *MODELS) if (ROOT / page).exists()]
+MODELS, SCALING = (
+    sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / folder).glob("*.md"))
+    for folder in ("docs/models", "docs/scaling")
+)
+PAGES = [
+    page
+    for page in ("README.md", "docs/quickstart.md", *SCALING, *MODELS)
+    if (ROOT / page).exists() and "```python" in (ROOT / page).read_text()
+]
+ON_A_LAPTOP = "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python -m artifex.train"
 DOCUMENT = ROOT / "tests/data/scaling_document_blocks.md"
 SHOWN = re.compile(r"^ *print\(.*\)(?:  |\n *)# (.+)$", re.MULTILINE)  # a result stands behind its print, or below it
 
@@ -59,6 +71,55 @@ def test_the_page_on_memory_names_what_remat_may_keep():
     assert [cell.strip("`") for cell, _ in table("docs/memory.md", "## Remat by name")] == list(remat.RESIDUALS)
     shown = {row[0] for row in table("docs/memory.md", "## Remat by name", 1)}
     assert {remat.canonical(setting) for setting in shown} == shown
+
+
+def on_a_laptop() -> list[tuple[str, list[str]]]:
+    """(page, options) of each command of the pages on scaling that starts a run on eight simulated devices."""
+    found = []
+    for page in SCALING:
+        for block in re.findall(r"^```bash\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL):
+            commands = block.replace("\\\n", " ").splitlines()
+            found += [(page, shlex.split(one[len(ON_A_LAPTOP) :])) for one in commands if one.startswith(ON_A_LAPTOP)]
+    return found
+
+
+def test_every_strategy_has_a_page_with_a_command_that_starts_it():
+    started = {Path(page).stem: [*options] for page, options in on_a_laptop()}
+    assert {"data", "fsdp", "tensor", "expert", "context", "pipeline", "choosing"} <= set(started)
+    for page, options in started.items():
+        assert page == "choosing" or f"--device.{page}" in options
+
+
+@pytest.mark.parametrize(("page", "options"), on_a_laptop(), ids=lambda value: str(value)[:80])
+def test_each_command_of_the_scaling_pages_fits_eight_devices(page, options):
+    config = parse_train(options).config
+    plan = plan_of(config, 8)
+    assert plan.device_count == 8
+    blueprint(config, plan, plan.make_mesh())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "options"), on_a_laptop(), ids=lambda value: str(value)[:80])
+def test_each_command_of_the_scaling_pages_ends_with_the_loss_of_one_device(page, options, tmp_path, monkeypatch):
+    def last_loss(config, name, devices):
+        present = jax.devices()[:devices]
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "devices", lambda *_: present)
+            patch.setattr(jax, "device_count", lambda *_: devices)
+            run = train(config, tmp_path / name)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return next(line["loss"] for line in reversed(lines) if line["split"] == "train")
+
+    alone = [
+        each
+        for pair in zip(options[::2], options[1::2], strict=True)
+        if not pair[0].startswith("--device.")
+        for each in pair
+    ]
+    spread = last_loss(parse_train(options).config, "eight", 8)
+    assert spread == pytest.approx(last_loss(parse_train(alone).config, "one", 1), rel=1e-4)
+    shown = re.findall(r"`loss ([\d.]+)`|end with ([\d.]+) and ([\d.]+)", (ROOT / page).read_text())
+    assert f"{spread:.3f}" in {figure for each in shown for figure in each}
 
 
 def on_a_mesh(**strategies):
@@ -101,7 +162,7 @@ PROVOKED = [  # one for each row of the page's table of errors
 
 
 def test_each_error_on_the_scaling_page_is_what_the_code_says():
-    for (message, _), provoke in zip(table("docs/scaling.md", "## Errors and remedies"), PROVOKED, strict=True):
+    for (message, _), provoke in zip(table("docs/scaling/index.md", "## Errors and remedies"), PROVOKED, strict=True):
         with pytest.raises((ValueError, TypeError)) as caught:
             provoke()
         shown = re.escape(message.strip("`")).replace(re.escape("..."), ".+")
@@ -110,7 +171,9 @@ def test_each_error_on_the_scaling_page_is_what_the_code_says():
 
 def test_the_scaling_page_has_each_name_with_its_sentence():
     for number, axes in enumerate([WEIGHT_AXES, ACTIVATION_AXES]):
-        assert table("docs/scaling.md", "## Names", number) == [[f"`{name}`", what] for name, what in axes.items()]
+        assert table("docs/scaling/index.md", "## Names", number) == [
+            [f"`{name}`", what] for name, what in axes.items()
+        ]
 
 
 def test_the_quickstarts_figures_are_above_those_of_the_compressors_on_this_python():
