@@ -316,7 +316,7 @@ def test_sixteen_layers_train_under_mixed_parallelism_on_sixteen_devices(tmp_pat
     """The closing example of the specification on mixed parallelism: data 4 x tensor 2 x pipeline 2, by GPipe."""
     root = pathlib.Path(__file__).parents[1]
     command = [sys.executable, "-m", "artifex.train", str(root / "configs/mixed_parallelism.yaml")]
-    command += ["--training.steps", "12", "--training.sample-tokens", "0", "--run-dir", str(tmp_path / "run")]
+    command += ["--training.steps", "20", "--training.sample-tokens", "0", "--run-dir", str(tmp_path / "run")]
     sixteen = os.environ | {"JAX_NUM_CPU_DEVICES": "16", "NPROC": "64", "PYTHONPATH": str(root)}
     subprocess.run(command, check=True, env=sixteen, capture_output=True, timeout=1_200)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
