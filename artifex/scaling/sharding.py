@@ -51,8 +51,8 @@ class ShardingConfig:
     """The devices of each form of parallelism; 1 is off, and one of them may be -1, the rest (`filled`).
 
     With `fsdp_enabled` the data-parallel devices also divide the weights that have a dim of at least
-    `fsdp_min_weight_size`; with `zero_stage` 1 the optimizer's state alone, with 2 gradients too. Raises `TypeError` for
-    anything but integers, `ValueError` for other sizes below 1, for FSDP or ZeRO over one device, and for both at once.
+    `fsdp_min_weight_size`; with `zero_stage` 1 the optimizer's state alone, with 2 gradients too. Raises `TypeError`
+    for anything but integers, `ValueError` for other sizes below 1, for FSDP or ZeRO over one device, and for both.
     """
 
     data_parallel_size: int = 1
