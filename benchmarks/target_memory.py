@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import pathlib
+import tempfile
 import time
 
 H100 = (
@@ -56,6 +57,7 @@ def measured(args: argparse.Namespace) -> dict[str, float | int | str]:
     import jax
 
     from artifex.config import Config
+    from artifex.models import PRESETS
     from artifex.scaling.plan import Plan
     from artifex.training.state import blueprint
     from artifex.training.step import make_step
@@ -63,9 +65,10 @@ def measured(args: argparse.Namespace) -> dict[str, float | int | str]:
 
     sizes = {axis: int(size) for axis, size in (part.split("=") for part in args.mesh.split(","))}
     training = {"batch_size": args.batch, "steps": 1_000, "compute_dtype": "bfloat16", "remat": args.remat}
+    text = PRESETS[args.model].reads == "text"
     sections = {
-        "model": {"name": args.model, "sequence_length": args.sequence},
-        "data": {"sequence_length": args.sequence},
+        "model": {"name": args.model} | ({"sequence_length": args.sequence} if text else {}),
+        "data": {"sequence_length": args.sequence} if text else {"source": "digits"},
         "optimizer": {"name": args.optimizer},
         "training": training,
         "device": sizes,
@@ -76,15 +79,22 @@ def measured(args: argparse.Namespace) -> dict[str, float | int | str]:
     devices = devices_of(args.target)
     start = time.perf_counter()
     plan = Plan.from_device(config.device, len(devices), remat=args.remat, batch_size=args.batch)
-    blue = blueprint(config, plan, mesh_of(plan, devices))
+    blue = blueprint(config, plan, plan.make_mesh(devices))
     shapes = {name: jax.ShapeDtypeStruct(*kind) for name, kind in batch_shapes(config).items()}
     where = blue.batch_sharding(shapes)
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[name]) for name, x in shapes.items()}
     lowered = make_step(blue).lower(blue.state, batch)
     lowering, start = time.perf_counter() - start, time.perf_counter()
-    compiled = lowered.compile()
-    if args.text is not None:
-        args.text.write_text(compiled.as_text(), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        # the text of a program for these cannot be had, but what XLA writes down after it is divided
+        dumped = args.text is not None and args.target.startswith(("v5p", "v6e", "tpu7x"))
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
+        compiled = lowered.compile(compiler_options=dump if dumped else None)
+        if dumped:
+            found = sorted(pathlib.Path(folder).glob("*jit_step*after_spmd-partitioning*.txt"))
+            args.text.write_text(found[-1].read_text(encoding="utf-8"), encoding="utf-8")
+        elif args.text is not None:
+            args.text.write_text(compiled.as_text(), encoding="utf-8")
     used = compiled.memory_analysis()
     return {
         "target": args.target,
@@ -117,19 +127,6 @@ def devices_of(target: str) -> list:
         xla_client.load_pjrt_plugin_dynamically("cuda", library)
     described = {"target_config": H100, "topology": f"1x{shape}"}
     return list(topologies.get_topology_desc(platform="cuda", topology_name=kind, **described).devices)
-
-
-def mesh_of(plan, devices: list):
-    """The plan's mesh over them."""
-    import numpy as np
-    from jax.experimental import mesh_utils
-    from jax.sharding import AxisType, Mesh
-
-    if devices[0].platform == "tpu":
-        grid = mesh_utils.create_device_mesh(plan.mesh_shape, devices=devices, allow_split_physical_axes=True)
-    else:
-        grid = np.array(devices).reshape(plan.mesh_shape)
-    return Mesh(grid, plan.axis_names, axis_types=(AxisType.Auto,) * len(plan.axis_names))
 
 
 if __name__ == "__main__":

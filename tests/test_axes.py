@@ -12,6 +12,7 @@ from artifex.scaling import axes
 from artifex.scaling.axes import Rules, activation_rules, check_mesh, resolve, shard
 from artifex.scaling.execution import held
 from artifex.scaling.mesh_utils import create_device_mesh
+from artifex.scaling.names import VOCABULARY
 
 FSDP = Rules.of({"embed": "fsdp"}, {"batch": "fsdp"}, strategy="fsdp")
 TENSOR = Rules.of({"mlp": "tensor", "heads": "tensor"}, {"act_mlp": "tensor"}, strategy="tensor")
@@ -20,7 +21,7 @@ DATA = Rules.of({}, {"batch": "data"}, strategy="data")
 
 def test_weights_and_activations_share_no_name():
     assert not axes.WEIGHT_AXES.keys() & axes.ACTIVATION_AXES.keys()
-    assert all(sentence for sentence in axes.VOCABULARY.values())
+    assert all(sentence for sentence in VOCABULARY.values())
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from artifex.scaling import mesh_utils
 from artifex.scaling.mesh_utils import (
     SIZE_AXES,
     DeviceMeshManager,
@@ -346,3 +347,29 @@ def test_the_shape_of_a_run_must_use_every_device(devices):
         setup_mesh((2, 4))
     assert str(error.value) == "Number of devices 4 must equal the product of mesh_shape (2, 4)"
     assert setup_mesh([2, 2]).devices.shape == (2, 2)
+
+
+class Chip:
+    """What JAX's routines ask of a device that is not there."""
+
+    def __init__(self, id, process, platform="gpu"):
+        self.id, self.process_index, self.platform, self.device_kind = id, process, platform, platform
+
+
+@pytest.mark.parametrize(
+    ("shape", "machines", "inside"),
+    [
+        ((4, 4), 4, [True, True, True, True]),  # the first axis across the machines, the last inside
+        ((2, 2, 4), 4, [True] * 4),
+        ((8, 2), 4, [True] * 8),
+        ((2, 8), 4, [False, False]),  # the last axis is wider than a machine
+        ((16,), 4, [False]),
+    ],
+)
+def test_the_first_axes_go_across_machines_and_the_last_stay_inside_one(shape, machines, inside):
+    count = math.prod(shape)
+    chips = [Chip(n, n % machines) for n in range(count)]  # in an order that is none of the mesh's
+    grid = mesh_utils._grid(shape, chips)
+    assert grid.shape == shape and {chip.id for chip in grid.flat} == set(range(count))
+    rows = grid.reshape(-1, shape[-1])
+    assert [len({chip.process_index for chip in row}) == 1 for row in rows] == inside

@@ -3,7 +3,11 @@ device that computes the same microbatches one after the other."""
 
 import functools
 import json
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -305,6 +309,19 @@ def test_memory_of_1f1b_stays_while_that_of_gpipe_grows():
 
     of = {kind: [temporary(kind, count) for count in (4, 64)] for kind in ("1f1b", "gpipe")}
     assert of["1f1b"][1] < 1.05 * of["1f1b"][0] and of["gpipe"][1] > 2 * of["gpipe"][0], of
+
+
+@pytest.mark.slow
+def test_sixteen_layers_train_under_mixed_parallelism_on_sixteen_devices(tmp_path):
+    """The closing example of the specification on mixed parallelism: data 4 x tensor 2 x pipeline 2, by GPipe."""
+    root = pathlib.Path(__file__).parents[1]
+    command = [sys.executable, "-m", "artifex.train", str(root / "configs/mixed_parallelism.yaml")]
+    command += ["--training.steps", "20", "--training.sample-tokens", "0", "--run-dir", str(tmp_path / "run")]
+    sixteen = os.environ | {"JAX_NUM_CPU_DEVICES": "16", "NPROC": "64", "PYTHONPATH": str(root)}
+    subprocess.run(command, check=True, env=sixteen, capture_output=True, timeout=1_200)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 # Errors

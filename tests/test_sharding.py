@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from artifex.scaling.axes import ACTIVATION_AXES, WEIGHT_AXES, Rules
+from artifex.scaling.axes import ACTIVATION_AXES, WEIGHT_AXES, Rules, resolve
 from artifex.scaling.mesh_utils import DeviceMeshManager, create_device_mesh
 from artifex.scaling.sharding import (
     DataParallelStrategy,
@@ -20,6 +20,7 @@ from artifex.scaling.sharding import (
     PipelineParallelStrategy,
     ShardingConfig,
     TensorParallelStrategy,
+    ZeROStrategy,
     combine,
     strategies_for,
 )
@@ -139,7 +140,10 @@ def test_device_counts_of_known_sizes(count, sizes):
     "settings",
     [
         {"data_parallel_size": 0},
-        {"tensor_parallel_size": -1},
+        {"tensor_parallel_size": -2},
+        {"context_parallel_size": 0},
+        {"zero_stage": 3},
+        {"zero_stage": 1},
         {"pipeline_parallel_size": 2.0},
         {"data_parallel_size": True},
         {"fsdp_min_weight_size": -1},
@@ -152,9 +156,23 @@ def test_a_sharding_configuration_that_means_nothing_cannot_be_made(settings):
         ShardingConfig(**settings)
 
 
+def test_a_size_of_minus_one_takes_the_rest():
+    config = ShardingConfig(data_parallel_size=-1, tensor_parallel_size=2, context_parallel_size=3)
+    assert config.filled(24).get_total_device_count() == 24
+    assert ParallelismConfig.from_sharding_config(config, 24).axis_sizes == {"data": 4, "context": 3, "model": 2}
+    assert ParallelismConfig.from_sharding_config(ShardingConfig(data_parallel_size=-1)).axis_sizes == {"data": 8}
+    with pytest.raises(ValueError, match="the product 6, which does not divide the 8 devices"):
+        config.filled(8)
+    with pytest.raises(ValueError, match=r"say of how many: config.filled"):
+        config.get_total_device_count()
+    with pytest.raises(ValueError, match="data_parallel_size and expert_parallel_size are -1; only one"):
+        ShardingConfig(data_parallel_size=-1, expert_parallel_size=-1)
+
+
 @pytest.mark.parametrize(
     "sizes, mesh",
     [
+        ((2, 1, 1, False, 0, 2, 2), {"data": 2, "expert": 2, "context": 2}),
         ((4, 2, 1), {"data": 4, "model": 2}),
         ((1, 4, 1), {"model": 4}),
         ((2, 1, 4), {"data": 2, "pipeline": 4}),
@@ -211,6 +229,48 @@ def test_fsdp_can_have_an_axis_of_its_own():
     )
     assert spec_of(config.rules, "embed", "mlp") == P("fsdp", "model")
     assert spec_of(config.rules, "batch", "act_mlp") == P(("data", "fsdp"), "model")
+
+
+# What the data-parallel devices divide
+
+
+@pytest.mark.parametrize(
+    "stage, params, gradients, optimizer",
+    [(0, None, None, None), (1, None, None, "data"), (2, None, "data", "data"), (3, "data", "data", "data")],
+)
+def test_each_stage_of_zero_divides_one_thing_more(stage, params, gradients, optimizer):
+    zero = {0: DataParallelStrategy("data"), 3: FSDPStrategy("data", min_weight_size=0)}
+    rules = combine({"data": zero.get(stage) or ZeROStrategy("data", stage=stage)})
+    for table, axis in ((rules.params, params), (rules.gradients, gradients), (rules.optimizer, optimizer)):
+        assert resolve(("embed", "mlp"), (16, 16), table, {"data": 8}).spec == P(axis, None)
+    assert resolve(("batch",), (16,), rules.activations, {"data": 8}).spec == P("data")
+
+
+def test_hybrid_parallelism_repeats_weights_across_the_slow_axis_and_zero_divides_the_rest_over_both():
+    rules = combine(strategies_for(("data", "fsdp", "tensor"), zero=1))
+    sizes = {"data": 2, "fsdp": 4, "tensor": 2}
+    of = lambda table: resolve(("embed", "mlp"), (64, 64), table, sizes).spec  # noqa: E731
+    assert of(rules.params) == of(rules.gradients) == P("fsdp", "tensor")
+    assert of(rules.optimizer) == P(("fsdp", "data"), "tensor")
+
+
+def test_every_axis_but_data_divides_the_weights_that_its_devices_would_repeat():
+    rules = combine(strategies_for(("pipeline", "data", "fsdp", "expert", "context", "tensor")))
+    sizes = dict.fromkeys(("pipeline", "data", "fsdp", "expert", "context", "tensor"), 2)
+    of = lambda *names: resolve(names, (64,) * len(names), rules.params, sizes).spec  # noqa: E731
+    assert of("vocab", "embed") == P("tensor", ("fsdp", "context", "expert", "pipeline"))
+    assert of("layers", "embed", "mlp") == P("pipeline", ("fsdp", "context", "expert"), "tensor")
+    assert of("layers", "experts", "embed", "expert_mlp") == P("pipeline", "expert", ("fsdp", "context"), "tensor")
+    # as far as a dim divides
+    assert resolve(("layers", "embed"), (3, 4), rules.params, sizes).spec == P(None, ("fsdp", "context"))
+
+
+def test_positions_are_split_where_nothing_else_is():
+    rules = combine(strategies_for(("context", "tensor"), sequence_parallel=True))
+    sizes = {"context": 2, "tensor": 4}
+    of = lambda *names: resolve(names, (16,) * len(names), rules.activations, sizes).spec  # noqa: E731
+    assert of("batch", "sequence", "hidden") == P(None, ("context", "tensor"), None)
+    assert of("batch", "sequence", "act_mlp") == P(None, "context", "tensor")
 
 
 # The multi-dimensional strategy

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from artifex.scaling.axes import ACTIVATION_AXES, VOCABULARY, WEIGHT_AXES
 from artifex.scaling.mesh_utils import create_device_mesh
+from artifex.scaling.names import ACTIVATION_AXES, VOCABULARY, WEIGHT_AXES
 from artifex.scaling.sharding import (
     DataParallelStrategy,
     FSDPStrategy,

@@ -49,7 +49,8 @@ def directions() -> dict[str, tuple[set[str], set[str]]]:
     # train, sample and what else runs as `python -m`
     programs = {module for module in FILES if '__name__ == "__main__"' in FILES[module].read_text(encoding="utf-8")}
     return {
-        "axes import nothing": (axes, set()),
+        "names import nothing": ({"artifex.scaling.names"}, set()),
+        "axes import names alone": (axes, {"artifex.scaling.names"}),
         "layers import no other model": ({"artifex.models.layers"}, names | {"artifex.models.cpu"}),
         **{f"{min(family)} imports no other family": (family, family | shared | names) for family in families},
         "only the list of models imports families": (shared - {"artifex.models"}, shared | names),
@@ -73,9 +74,9 @@ def test_imports_run_one_way(rule):
     assert {module: names for module, names in wrong.items() if names} == {}
 
 
-def test_the_axes_need_only_jax_and_flax():
+def test_the_axes_need_only_jax_flax_and_their_names():
     outside = {name.split(".")[0] for name in imports("artifex.scaling.axes")} - set(sys.stdlib_module_names)
-    assert outside <= {"jax", "flax"}
+    assert outside <= {"jax", "flax", "artifex"}
 
 
 def test_only_checkpoints_imports_orbax():

@@ -158,3 +158,32 @@ def test_a_tpu_has_one_kernel_for_rows_and_their_experts(tmp_path):
     text, small = tmp_path / "program.txt", json.dumps({"model": {"num_layers": 2}})
     compiled("v5e:4x4", "mixtral-8x7b", "--batch", "16", "--set", small, "--text", str(text))
     assert re.search(r"ragged-dot\S* = bf16\[4096,14336\].* custom-call\(", text.read_text())
+
+
+V5E, V5P, H100 = "v5e:4x4", "v5p:4x4x4", "h100:2x8"
+GIB = {V5E: 16, V5P: 95, H100: 80}  # of a device
+UNIONS = [
+    pytest.param(V5E, "gemma2-2b", "fsdp=4,tensor=4", 16, "all-gather", marks=TPU),
+    pytest.param(V5E, "mixtral-8x7b", "fsdp=2,expert=8", 16, "all-to-all", marks=TPU),
+    pytest.param(V5E, "dit-xl2", "data=4,fsdp=4", 64, "all-gather", marks=TPU),
+    pytest.param(V5P, "gemma2-2b", "fsdp=8,context=4,tensor=2", 16, "collective-permute", marks=TPU),
+    pytest.param(V5P, "mixtral-8x7b", "fsdp=8,expert=8", 64, "all-to-all", marks=TPU),
+    pytest.param(V5P, "dit-xl2", "pipeline=4,fsdp=16", 256, "collective-permute", marks=TPU),
+    pytest.param(H100, "gemma2-2b", "pipeline=2,fsdp=4,tensor=2", 64, "collective-permute", marks=GPU),
+    pytest.param(H100, "mixtral-8x7b", "pipeline=2,expert=8", 64, "all-to-all", marks=GPU),
+    pytest.param(H100, "dit-xl2", "pipeline=4,fsdp=4", 64, "collective-permute", marks=GPU),
+]
+
+
+@pytest.mark.parametrize(("target", "model", "mesh", "batch", "collective"), UNIONS)
+def test_unions_compile_for_machines_that_are_not_there(target, model, mesh, batch, collective, tmp_path):
+    length, text = 3_072, tmp_path / "program.txt"  # a length that is no dim of these models
+    how = ("--mesh", mesh, "--batch", str(batch), "--sequence", str(length), "--text", str(text))
+    used = compiled(target, model, *how)
+    # of a model that a mesh this small cannot hold, the state is told and not asked to fit
+    assert used["temporary_GiB"] < GIB[target]
+    program = text.read_text()
+    assert collective in program
+    if model != "dit-xl2":
+        shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"(?:f32|bf16|pred)\[([\d,]+)\]", program)}
+        assert [shape for shape in shapes if shape.count(length) > 1] == []

@@ -129,6 +129,12 @@ def moved(compiled, kind):
     return sorted(math.prod(map(int, dims.split(","))) if dims else 1 for _, dims in found)
 
 
+def flops(compiled):
+    costs = compiled.cost_analysis()
+    assert costs is not None
+    return costs["flops"]
+
+
 def equal(got, expected):
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-4)
@@ -145,8 +151,8 @@ def test_the_two_convolutions_of_a_residual_block_need_one_sum_of_an_image(group
     for kind in ("all-gather", "all-to-all", "collective-permute"):
         assert [size for size in moved(here, kind) if size >= IMAGES.size // 4] == []
     convolutions = 2 * (2 * 9 * 16 * IMAGES.size)
-    norms = one.cost_analysis()["flops"] - 0.9 * convolutions  # the border of an image has fewer taps
-    assert here.cost_analysis()["flops"] < convolutions / 4 + norms
+    norms = flops(one) - 0.9 * convolutions  # the border of an image has fewer taps
+    assert flops(here) < convolutions / 4 + norms
 
 
 @pytest.mark.parametrize("outputs", [16, 3])
@@ -155,7 +161,7 @@ def test_a_lone_convolution_divides_its_outputs_or_else_its_inputs(outputs):
     y, gradients, here = on_tensor_devices(conv, lambda conv, x: conv(x), IMAGES)
     expected, of_one, one = alone(conv, lambda conv, x: conv(x), IMAGES)
     equal((y, gradients), (expected, of_one))
-    assert here.cost_analysis()["flops"] < 0.3 * one.cost_analysis()["flops"]
+    assert flops(here) < 0.3 * flops(one)
     kind = "all-gather" if outputs == 16 else "all-reduce"
     assert [size for size in moved(here, kind) if size > outputs] == [y.size]
 
@@ -166,7 +172,7 @@ def test_attention_over_pixels_is_divided_by_heads_or_else_by_queries(heads):
     y, gradients, here = on_tensor_devices(layer, lambda layer, x: layer(x), IMAGES)
     expected, of_one, one = alone(layer, lambda layer, x: layer(x), IMAGES)
     equal((y, gradients), (expected, of_one))
-    assert here.cost_analysis()["flops"] < 0.4 * one.cost_analysis()["flops"]
+    assert flops(here) < 0.4 * flops(one)
 
 
 @pytest.mark.parametrize("layer", [UpConv(16, 8, rngs=nnx.Rngs(0)), Upsample(16, rngs=nnx.Rngs(0))])
@@ -174,7 +180,7 @@ def test_what_makes_an_image_larger_divides_its_outputs(layer):
     y, gradients, here = on_tensor_devices(layer, lambda layer, x: layer(x), IMAGES)
     expected, of_one, one = alone(layer, lambda layer, x: layer(x), IMAGES)
     equal((y, gradients), (expected, of_one))
-    assert here.cost_analysis()["flops"] < 0.3 * one.cost_analysis()["flops"]
+    assert flops(here) < 0.3 * flops(one)
 
 
 CONFIG = DecoderConfig(vocab_size=32, embed_dim=32, num_layers=2, num_heads=4, mlp_dim=48, sequence_length=16)

@@ -123,7 +123,8 @@ class Plan:
 
     def execution(self, mesh: Mesh, **how: Any) -> Execution:
         """How a model runs by this plan on `mesh`, whose devices may not be there. `how`: the other fields."""
-        return Execution(rules=self.rules, mesh=mesh, remat=self.remat, context_attention=self.context_attention, **how)
+        mine = {"rules": self.rules, "remat": self.remat, "context_attention": self.context_attention}
+        return Execution(mesh=mesh, **(mine | how))
 
     def check_batch(self, batch_size: int) -> None:
         """Raise `ValueError` unless every microbatch divides over the devices that split examples."""

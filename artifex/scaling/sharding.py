@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from artifex.scaling.axes import Names, Rules
@@ -47,12 +48,11 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class ShardingConfig:
-    """The devices of each form of parallelism; 1 is off. With `fsdp_enabled` the data-parallel devices also divide the
-    weights that have a dim of at least `fsdp_min_weight_size`; with `zero_stage` 1 the optimizer's state alone, with 2
-    gradients too.
+    """The devices of each form of parallelism; 1 is off, and one of them may be -1, the rest (`filled`).
 
-    Raises `TypeError` for anything but integers, `ValueError` for sizes below 1, for FSDP or ZeRO over one device, and
-    for both at once.
+    With `fsdp_enabled` the data-parallel devices also divide the weights that have a dim of at least
+    `fsdp_min_weight_size`; with `zero_stage` 1 the optimizer's state alone, with 2 gradients too. Raises `TypeError`
+    for anything but integers, `ValueError` for other sizes below 1, for FSDP or ZeRO over one device, and for both.
     """
 
     data_parallel_size: int = 1
@@ -65,9 +65,12 @@ class ShardingConfig:
     zero_stage: Literal[0, 1, 2] = 0
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if field.name.endswith("_parallel_size"):
-                check_count(field.name, getattr(self, field.name))
+        open_sizes = [name for name, size in self._sizes.items() if size == -1]
+        if len(open_sizes) > 1:
+            raise ValueError(f"{' and '.join(open_sizes)} are -1; only one can take the rest of the devices")
+        for name, size in self._sizes.items():
+            if size != -1:
+                check_count(name, size)
         if check_count("zero_stage", self.zero_stage, least=0) > 2:
             raise ValueError(f"zero_stage is {self.zero_stage}; 1 and 2 are stages, 3 is fsdp_enabled=True")
         if self.zero_stage and (self.fsdp_enabled or self.data_parallel_size == 1):
@@ -84,6 +87,25 @@ class ShardingConfig:
                 "raise it to at least 2, or leave fsdp_enabled off"
             )
 
+    @property
+    def _sizes(self) -> dict[str, int]:
+        names = (field.name for field in dataclasses.fields(self))
+        return {name: getattr(self, name) for name in names if name.endswith("_parallel_size")}
+
+    def filled(self, device_count: int) -> ShardingConfig:
+        """With -1 replaced by what the other sizes leave of the devices. Raises `ValueError` where they do not divide
+        them."""
+        known = math.prod(size for size in self._sizes.values() if size != -1)
+        name = next((name for name, size in self._sizes.items() if size == -1), None)
+        if name is None:
+            return self
+        if check_count("device_count", device_count) % known:
+            raise ValueError(
+                f"{name} is -1, but the other sizes have the product {known}, which does not divide the {device_count} "
+                "devices; change one of them"
+            )
+        return dataclasses.replace(self, **{name: device_count // known})
+
     @classmethod
     def from_device_count(cls, device_count: int) -> ShardingConfig:
         """A start that uses every device: data parallelism below 8 devices, from 8 on beside a tensor parallelism of 4
@@ -96,7 +118,9 @@ class ShardingConfig:
         return cls(data_parallel_size=count // tensor, tensor_parallel_size=tensor)
 
     def get_total_device_count(self) -> int:
-        """The devices the run needs: the product of the sizes."""
+        """The devices the run needs: the product of the sizes. Raises `ValueError` where one of them is -1."""
+        if -1 in self._sizes.values():
+            raise ValueError("a size is -1, the rest of the devices; say of how many: config.filled(device_count)")
         return math.prod(_axes_of(self).values())
 
 
@@ -109,9 +133,11 @@ class ParallelismConfig:
     sharding_config: ShardingConfig
 
     @classmethod
-    def from_sharding_config(cls, config: ShardingConfig) -> ParallelismConfig:
+    def from_sharding_config(cls, config: ShardingConfig, device_count: int | None = None) -> ParallelismConfig:
         """The mesh axes "data", "expert", "context", "model" (tensor parallelism) and "pipeline" of those sizes that
-        are not 1, in this order; on one device a "data" axis of 1."""
+        are not 1, in this order; on one device a "data" axis of 1. A size of -1 takes the rest of `device_count`
+        devices, or of all there are."""
+        config = config.filled(jax.device_count() if device_count is None else device_count)
         sizes = {axes[0]: size for axes, size in _axes_of(config).items() if size > 1} or {"data": 1}
         return cls(tuple(sizes.values()), tuple(sizes), config)
 

@@ -171,6 +171,8 @@ def _changes(step: CompiledStep, have: int | None) -> Iterator[dict[str, Any]]:
         yield {"device.fsdp": -1}
         for change in remat:
             yield {"device.fsdp": -1, **change}
+    if blue.execution.platform != "cpu" and blue.config.training.spill_threshold_mb is None:
+        yield {"training.spill_threshold_mb": 0.0}
 
 
 def _changed(blue: Blueprint, change: Mapping[str, Any]) -> Blueprint | None:
@@ -185,7 +187,11 @@ def _changed(blue: Blueprint, change: Mapping[str, Any]) -> Blueprint | None:
     training = config.training
     try:
         plan = Plan.from_device(
-            config.device, blue.plan.device_count, remat=training.remat, microbatches=training.gradient_accumulation
+            config.device,
+            blue.plan.device_count,
+            remat=training.remat,
+            microbatches=training.gradient_accumulation,
+            batch_size=training.batch_size,
         )
         plan.check_batch(training.batch_size)
         return (

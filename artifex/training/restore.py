@@ -108,11 +108,11 @@ def pretrained_model(path: str | Path, *, mesh: Mapping[str, int] | None = None)
     made = plan.make_mesh()
 
     def where(state: nnx.State) -> Any:
-        place = functools.partial(placement.layout, table=plan.rules.params, rules=plan.rules, mesh=made)
+        place = functools.partial(placement.layout, table=plan.running.params, rules=plan.running, mesh=made)
         shapes, names = placement.shapes_of(state), placement.names_of(state)
         return jax.tree.map(lambda leaf, axes: place(leaf.shape, axes), shapes, names)
 
-    return Runner(from_pretrained(path, shardings=where), plan.execution(made))
+    return Runner(from_pretrained(path, shardings=where), plan.execution(made, rules=plan.running))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +23,6 @@ from artifex.scaling import placement
 from artifex.scaling.execution import Execution, execution
 from artifex.scaling.fits import check_fits
 from artifex.scaling.plan import Plan
-from artifex.scaling.strategies import ExpertParallelStrategy
 from artifex.training import freezing
 from artifex.training.precision import carried, in_dtype, model_in
 from artifex.training.runner import Result, Runner
@@ -188,7 +186,8 @@ def blueprint(config: Config, plan: Plan, mesh: Mesh) -> Blueprint:
     layout = functools.partial(placement.layout, table=rules.optimizer, rules=rules, mesh=mesh)
     optimizer = make_optimizer(config.optimizer, config.training.steps, names_trained, inputs, layout)
     state = jax.eval_shape(lambda: _fresh(config, optimizer, frozen))
-    _check_experts(config, plan, state.params, names)
+    stack = getattr(abstract, "stack", None)
+    check_fits(config.model.name, plan, state.params, names, None if stack is None else stack.count)
     placed = TrainState(
         step=whole,
         params=jax.tree.map(functools.partial(place, table=rules.params), state.params, state.params, names),
@@ -207,10 +206,6 @@ def blueprint(config: Config, plan: Plan, mesh: Mesh) -> Blueprint:
     threshold = config.training.spill_threshold_mb
     placed.optimizer = spilled(threshold, state.optimizer, placed.optimizer)
     placed.ema = state.ema and spilled(threshold, state.ema, placed.ema)
-    stack = getattr(abstract, "stack", None)
-    _check_stages(config, plan, stack)
-    check_fits(state.params, names, plan)
-    _check_no_axis_idle(config, plan, placed.params, names)
     state = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), state, placed
     )
@@ -222,68 +217,6 @@ def frozen_of(config: Config, trained: nnx.State) -> frozenset[str]:
     patterns = config.training.freeze
     paths = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(trained)]
     return freezing.frozen_paths(paths, patterns) if patterns else frozenset()
-
-
-def _check_stages(config: Config, plan: Plan, stack: Stack | None) -> None:
-    """Raise `ValueError` where a pipeline has no layers for a stage."""
-    if plan.pipeline is None:
-        return
-    sizes = f"device.pipeline {plan.pipeline.devices} x device.stages_per_device {plan.pipeline.stages_per_device}"
-    if stack is None:
-        raise ValueError(
-            f"{sizes}: {config.model.name!r} has no stack of repeated blocks that stages could divide; leave pipeline "
-            "at 1 and use device.fsdp, device.tensor or device.data"
-        )
-    if stack.count < plan.pipeline.stages:
-        raise ValueError(
-            f"{sizes} are {plan.pipeline.stages} stages, but {config.model.name!r} has {stack.count} repeated blocks; "
-            f"make it at most {stack.count}"
-        )
-
-
-def _check_experts(config: Config, plan: Plan, params: Any, names: Any) -> None:
-    """Raise `ValueError` where the devices of expert parallelism have no experts, or cannot have equally many."""
-    label = ExpertParallelStrategy.label
-    rules = [rule for rule in plan.rules.params if rule.name == "experts" and rule.strategy == label]
-    axes = dict.fromkeys(axis for rule in rules for axis in rule.axes)
-    ways = math.prod(plan.sizes[axis] for axis in axes)
-    counts = {
-        leaf.shape[of.index("experts")] for _, leaf, of in placement.leaves_with_names(params, names) if "experts" in of
-    }
-    if ways == 1 or (counts and all(count % ways == 0 for count in counts)):
-        return
-    if not counts:
-        raise ValueError(
-            f"mesh axis {'+'.join(axes)!r} has {ways} devices for experts, but {config.model.name!r} has none; "
-            f"set device.expert=1 and device.fsdp={ways * plan.sizes.get('fsdp', 1)}, or model.num_experts={ways}"
-        )
-    count = min(counts)
-    fit = max(size for size in range(1, min(count, ways) + 1) if count % size == 0 and ways % size == 0)
-    raise ValueError(
-        f"mesh axis {'+'.join(axes)!r} has {ways} devices for the {count} experts of {config.model.name!r}, which do "
-        f"not divide among them; set device.expert={fit} and device.fsdp={plan.sizes.get('fsdp', 1) * ways // fit}, or "
-        f"make model.num_experts a multiple of {ways}, such as {-(-count // ways) * ways}"
-    )
-
-
-def _check_no_axis_idle(config: Config, plan: Plan, params: Any, names: Any) -> None:
-    """Raise `ValueError` where the devices along a mesh axis would all do the same work."""
-    used = {axis for rule in plan.rules.activations if rule.name == "batch" for axis in rule.axes}
-    for sharding in jax.tree.leaves(params):
-        used |= {axis for part in sharding.spec for axis in (part if isinstance(part, tuple) else (part,))}
-    for axis, size in plan.sizes.items():
-        if size > 1 and axis not in used:
-            there = sorted({name for axes in jax.tree.leaves(names, is_leaf=_is_names) for name in axes})
-            wanted = sorted({rule.name for rule in plan.rules.params if axis in rule.axes})
-            raise ValueError(
-                f"mesh axis {axis!r} of {size} devices splits nothing of {config.model.name!r}: its rules are for "
-                f"{', '.join(wanted)}, the model's dims are {', '.join(there)}, or do not divide by {size}; use "
-                "device.data or device.fsdp instead"
-            )
-
-
-def _is_names(node: Any) -> bool:
-    return isinstance(node, tuple)
 
 
 def _fresh(config: Config, optimizer: optax.GradientTransformation, frozen: frozenset[str]) -> TrainState:

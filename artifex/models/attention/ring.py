@@ -115,7 +115,7 @@ class Route:
             each: dict[Pair, int] = {"all": step}
             if self.halves == 2:  # from `step` parts before, or round the ring from n - step after
                 each = {"late sees early": min(1 + step, n + 1 - step), "equal halves": min(step, n - step)}
-            pairs = tuple(pair for pair, least in each.items() if least <= reach)
+            pairs: tuple[Pair, ...] = tuple(pair for pair, least in each.items() if least <= reach)
             found += [Visit(step, pairs)] if pairs else []
         return found
 
