@@ -13,6 +13,7 @@ from artifex.scaling.axes import Rules, activation_rules, check_mesh, resolve, s
 from artifex.scaling.execution import held
 from artifex.scaling.mesh_utils import create_device_mesh
 from artifex.scaling.names import VOCABULARY
+from artifex.scaling.strategies import ContextParallelStrategy, FSDPStrategy, combine
 
 FSDP = Rules.of({"embed": "fsdp"}, {"batch": "fsdp"}, strategy="fsdp")
 TENSOR = Rules.of({"mlp": "tensor", "heads": "tensor"}, {"act_mlp": "tensor"}, strategy="tensor")
@@ -77,6 +78,12 @@ def test_one_mesh_axis_splits_one_dim_and_the_earlier_rule_gets_it():
     first = Rules.of({"mlp": "x"}, strategy="one").union(Rules.of({"embed": "x"}, strategy="two"))
     got = resolve(("embed", "mlp"), (8, 8), first.params, {"x": 2})
     assert got.spec == P(None, "x") and got.notes == ("embed whole: x already splits mlp",)
+
+
+def test_a_dim_that_several_strategies_left_because_they_have_another_is_no_note():
+    rules = combine({"fsdp": FSDPStrategy("fsdp", min_weight_size=0), "context": ContextParallelStrategy("context")})
+    got = resolve(("embed", "mlp"), (8, 8), rules.params, {"fsdp": 2, "context": 2})
+    assert got.spec == P(("fsdp", "context"), None) and got.notes == ()
 
 
 def test_small_weights_stay_whole_below_the_minimum():

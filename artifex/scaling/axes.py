@@ -205,7 +205,8 @@ def resolve(
             if axis in too_small:
                 notes.append(f"no dim reaches the {too_small[axis]} that {axis} asks for")
             elif axis in used:
-                if used[axis].strategy not in rule.strategy.split("+"):  # its own later choices were not needed
+                # of strategies that divide the rest, a later choice was not needed
+                if not set(used[axis].strategy.split("+")) & set(rule.strategy.split("+")):
                     notes.append(f"{rule.name} whole: {axis} already splits {used[axis].name}")
             elif shape[dim] % ways:
                 notes.append(f"{rule.name} {shape[dim]} does not divide by {ways} ({'+'.join([*taken, axis])})")
