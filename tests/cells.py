@@ -31,21 +31,20 @@ from artifex.training.state import Blueprint, blueprint
 from artifex.training.step import make_step
 from artifex.training.task import batch_shapes, open_task
 
-STEPS, ROWS, TOKENS, PARTS = 5, 16, 32, 4
+STEPS, ROWS, TOKENS, PARTS = 5, 16, 128, 4  # of 8 devices in a ring, each has two parts of a whole tile of 8 positions
 
 SIZES = {"embed_dim": 32, "num_layers": 4, "num_heads": 8, "mlp_dim": 64, "sequence_length": TOKENS}
 GROUPED = {**SIZES, "num_kv_heads": 4}
-CONV = {"block_channels": [16, 32], "groups": 8}
 # name -> preset and the fields that make it small
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama-nano", {**GROUPED, "tied_head": False}),
     "gpt2, dropout": ("gpt2-nano", {**SIZES, "dropout": 0.1}),
-    "gemma2": ("gemma2-nano", {**GROUPED, "num_layers": 8, "window": 8}),
+    "gemma2": ("gemma2-nano", {**GROUPED, "num_layers": 8, "window": 32}),
     "mixture": ("moe-nano", {**GROUPED, "expert_mlp_dim": 32}),
     "mixture, capacity": ("moe-nano", {**GROUPED, "expert_mlp_dim": 32, "capacity_factor": 1.25}),
     "linear attention": ("linear-nano", {**SIZES, "num_kv_heads": 8}),
     "masked diffusion": ("masked-nano", {"decoder": GROUPED}),
-    "DiT": ("dit-digits", {"network": {"num_layers": 4, "embed_dim": 32, "num_heads": 8}}),
+    "DiT": ("dit-digits", {"network": {"num_layers": 4, "embed_dim": 32, "num_heads": 8, "patch_size": 1}}),
     "latent DiT": ("latent-dit-digits", {"network": {"num_layers": 4, "embed_dim": 32, "num_heads": 8}}),
     "MMDiT": ("mmdit-digits", {}),
     "UNet": ("unet-digits", {"network": {"block_channels": [16, 32]}}),
@@ -54,13 +53,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "KL autoencoder": ("kl-digits", {"block_channels": [16, 32]}),
 }
 # of text, which no data set that is at hand has beside its images
-TEXT = {"context": (8, 24), "pooled": (16,)}
+TEXT = {"context": (64, 24), "pooled": (16,)}
 MMDIT = MMDiTConfig(
     image_size=8,
     in_channels=1,
     out_channels=1,
+    patch_size=1,
     embed_dim=32,
-    num_layers=4,
+    num_layers=5,  # the last one, without a text output, is no part of its stack
     num_heads=8,
     context_dim=TEXT["context"][-1],
     pooled_dim=TEXT["pooled"][-1],
@@ -100,7 +100,8 @@ class Training:
     """What five steps gave, and what XLA says of the program of one."""
 
     losses: np.ndarray  # (steps,)
-    gradients: list[Any]  # of each step, on the host
+    gradient: Any  # of the first step, on the host
+    params: Any  # after the last one
     flops: float  # of the products that one device computes
     argument_bytes: int
     temporary_bytes: int
@@ -115,7 +116,8 @@ class Cell:
     strategy: str
     refused: str | None = None
     loss: float | None = None  # largest relative difference of a step's loss
-    gradient: float | None = None  # largest norm of a step's difference, of the norm of its gradient
+    gradient: float | None = None  # norm of the first step's difference, of the norm of its gradient
+    params: float | None = None  # likewise of the parameters after the last step
     work: float | None = None  # FLOPs of one of the devices, of those of one device alone
     temporary: float | None = None  # likewise of bytes
     argument_bytes: int | None = None
@@ -138,7 +140,9 @@ def config_of(family: str, device: dict[str, Any], parts: int) -> Config:
         {
             "model": {"name": preset, **fields},
             "data": {"source": "stdlib", "sequence_length": TOKENS} if text else {"source": "digits"},
-            "training": {"batch_size": ROWS, "gradient_accumulation": 1 if pipeline else parts, "steps": STEPS},
+            "training": {"batch_size": ROWS, "gradient_accumulation": 1 if pipeline else parts, "steps": STEPS}
+            # alone, a CPU would leave out tiles that no query sees
+            | ({} if device else {"attention": "blockwise"}),
             # without clipping, whose factor would hide one of the gradients
             "optimizer": {"name": "adamw", "learning_rate": 3e-3, "warmup_steps": 2, "clip_norm": None},
             "device": device | ({"microbatches": parts} if pipeline else {}),
@@ -166,17 +170,15 @@ def trained(blue: Blueprint) -> Training:
     shapes = shapes_of(blue, data[0])
     step = make_step(blue).lower(blue.state, shapes).compile()
     used = step.memory_analysis()
-    state, losses, gradients, decay = blue.init(), [], [], blue.config.optimizer.beta1
-    before = jax.tree.map(np.zeros_like, first_moment(state.optimizer))
+    state, losses, gradient = blue.init(), [], None
     for batch in data:
         state, metrics = step(state, jax.device_put(batch, blue.batch_sharding(batch)))
         losses.append(float(metrics["loss"]))
-        after = first_moment(state.optimizer)
-        gradients.append(jax.tree.map(lambda new, old: (new - decay * old) / (1 - decay), after, before))
-        before = after
+        gradient = first_moment(state.optimizer) if gradient is None else gradient
     return Training(
         np.array(losses),
-        gradients,
+        gradient,
+        jax.device_get(state.params),
         hlo.flops(step.as_text(), of_ticks(blue)),
         used.argument_size_in_bytes,
         used.temp_size_in_bytes,
@@ -201,7 +203,7 @@ def of_ticks(blue: Blueprint) -> dict[int, tuple[int, ...]]:
 
 
 def first_moment(optimizer: Any) -> Any:
-    """AdamW's mean of gradients, m = b m + (1 - b) g: what says each step's gradient as the optimizer had it."""
+    """AdamW's mean of gradients, after one step 1 - beta1 times the gradient as the optimizer had it."""
     states = jax.tree.leaves(optimizer, is_leaf=lambda node: hasattr(node, "mu"))
     return jax.device_get(next(state.mu for state in states if hasattr(state, "mu")))
 
@@ -235,7 +237,8 @@ def cell(family: str, strategy: str) -> Cell:
         strategy,
         None,
         float(np.max(np.abs(spread.losses / one.losses - 1))),
-        max(map(apart, spread.gradients, one.gradients)),
+        apart(spread.gradient, one.gradient),
+        apart(spread.params, one.params),
         spread.flops / one.flops,
         spread.temporary_bytes / one.temporary_bytes,
         spread.argument_bytes,
