@@ -22,12 +22,12 @@ MIXTURES = ["mixture", "mixture, capacity"]
 
 def refusal(family: str, strategy: str) -> str | None:
     """Why a pair is refused, as a fragment of what the code says; None: it is not."""
+    if "expert" in strategy and family not in MIXTURES:
+        return "has none; set device.expert=1"
     if "pipeline" in strategy and family in CONVOLUTIONS:
         return "has no stack of repeated blocks that stages could divide"
     if "context" in strategy and family in CONVOLUTIONS:
         return "is made of convolutions, which have none; set device.context=1"
-    if "expert" in strategy and family not in MIXTURES:
-        return "has none; set device.expert=1"
     return None
 
 
