@@ -268,6 +268,26 @@ def test_each_stage_passes_on_to_the_next_and_gradients_back(spread):
         assert any({tuple(map(int, p)) for p in re.findall(r"{(\d+),(\d+)}", f"{{{one}}}")} == pairs for one in found)
 
 
+def test_a_program_of_32_layers_is_as_long_as_one_of_8():
+    def length(layers):
+        config = run_config("llama-nano", {"pipeline": 4, "fsdp": 2, "microbatches": 4}, 1, num_layers=layers)
+        blue = built(config)
+        shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch_of("llama-nano", 0).items()}
+        return len(make_step(blue).lower(blue.state, shapes).as_text().splitlines())
+
+    assert length(32) == length(8)
+
+
+def test_sizes_of_one_make_the_plain_step():
+    """No axis, no schedule and no collective: what is off costs nothing."""
+    config = run_config("moe-nano", dict.fromkeys(("data", "fsdp", "tensor", "expert", "context", "pipeline"), 1), 1)
+    blue = built(config)
+    assert blue.plan.pipeline is None
+    batch = batch_of("moe-nano", 0)
+    text = make_step(blue).lower(blue.state, batch).compile().as_text()
+    assert not re.search(r"(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)\(", text)
+
+
 def test_the_state_is_divided_over_the_stages(spread):
     for leaf in jax.tree.leaves((spread.state.params, spread.state.optimizer)):
         if leaf.size > 64:
