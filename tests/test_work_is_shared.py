@@ -1,4 +1,4 @@
-"""Devices share the work: each one's FLOPs fall with their number, in every program that a run makes.
+"""Devices share the work of validation and samples as well: each one's FLOPs fall with their number.
 
 XLA's own count of the compiled program, whose shapes are those of one device. It takes the body of a loop once, on one
 device and on eight, so that the ratio is that of the bodies.
@@ -13,7 +13,7 @@ import pytest
 from artifex.config import Config
 from artifex.scaling.plan import Plan
 from artifex.training.state import blueprint
-from artifex.training.step import make_evaluate, make_step
+from artifex.training.step import make_evaluate
 from artifex.training.task import batch_shapes
 
 DECODER = {"embed_dim": 64, "num_layers": 2, "num_heads": 4, "mlp_dim": 128, "sequence_length": 64}
@@ -58,9 +58,7 @@ def flops(preset: str, mesh: str | None, program: str) -> float:
     shapes = {name: jax.ShapeDtypeStruct(*kind) for name, kind in batch_shapes(blue.config).items()}
     where = blue.batch_sharding(shapes)
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[name]) for name, x in shapes.items()}
-    if program == "step":
-        lowered = make_step(blue).lower(blue.state, batch)
-    elif program == "validation":
+    if program == "validation":
         lowered = jax.jit(lambda state, batch: make_evaluate(blue)(state, batch)).lower(blue.state, batch)
     else:
         text = blue.config.model.reads == "text"
@@ -80,7 +78,7 @@ ALL = [
 ]
 
 
-@pytest.mark.parametrize("program", ["step", "validation", "sample"])
+@pytest.mark.parametrize("program", ["validation", "sample"])
 @pytest.mark.parametrize(
     ("preset", "mesh"),
     [pytest.param(*case, marks=() if case[0] in EVERY_DAY and case[1] != "data" else pytest.mark.slow) for case in ALL],

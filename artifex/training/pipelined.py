@@ -98,7 +98,7 @@ def _prepared(
     assert blue.plan.pipeline is not None
     count = blue.plan.pipeline.microbatches
     # row r goes to microbatch r % count: a device keeps its own rows
-    split = {name: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
+    split = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def prepare(part: tuple[dict[str, jax.Array], jax.Array]) -> tuple[Tree, Any]:
         batch, index = part

@@ -28,7 +28,12 @@ from artifex.training.precision import carried, in_dtype, model_in
 from artifex.training.runner import Result, Runner
 from artifex.training.spill import spilled
 
-BATCH = {1: ("batch",), 2: ("batch", "sequence"), 4: ("batch", "height", "width", "channels")}
+BATCH = {
+    1: ("batch",),
+    2: ("batch", "sequence"),
+    3: ("batch", None, None),
+    4: ("batch", "height", "width", "channels"),
+}
 """The logical axes of an array of a batch, by its rank."""
 
 
@@ -158,15 +163,16 @@ class Blueprint:
         named = {path: names for tree in trees for path, _, names in placement.leaves_with_names(*tree)}
         return json.loads(json.dumps({**told, "names": named}))
 
-    def batch_sharding(self, batch: dict[str, Any]) -> dict[str, NamedSharding]:
-        """Where the arrays of a batch live: labels (batch), tokens (batch, sequence), images."""
+    def batch_sharding(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Where the arrays of a batch live: labels (batch), tokens (batch, sequence), features of a text, images."""
         rules, sizes = self.plan.rules, self.plan.sizes
-        return {
-            key: NamedSharding(
+
+        def where(value: Any) -> NamedSharding:
+            return NamedSharding(
                 self.mesh, placement.resolve(BATCH[value.ndim], value.shape, rules.activations, sizes).spec
             )
-            for key, value in batch.items()
-        }
+
+        return jax.tree.map(where, batch)
 
 
 def within(tree: Any, part: Any) -> Any:

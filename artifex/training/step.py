@@ -97,8 +97,8 @@ def _gradients(blue: Blueprint) -> Callable:
             return ((*sums, blue.laid_out(grads)), buffers), None
 
         # row r goes to part r % parts: a device keeps its own rows
-        split = {key: value.reshape(-1, parts, *value.shape[1:]).swapaxes(0, 1) for key, value in batch.items()}
-        first = {key: value[0] for key, value in split.items()}
+        split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+        first = jax.tree.map(lambda x: x[0], split)
         (_, (shapes, _)), like = jax.eval_shape(value_and_grad, params, buffers, first, key)
         shapes = {name: shape for name, shape in shapes.items() if name != "weight"}
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes, like))
