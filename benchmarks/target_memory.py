@@ -87,14 +87,13 @@ def measured(args: argparse.Namespace) -> dict[str, float | int | str]:
     lowering, start = time.perf_counter() - start, time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         # the text of a program for these cannot be had, but what XLA writes down after it is divided
-        dumped = args.text is not None and args.target.startswith(("v5p", "v6e", "tpu7x"))
+        unreadable = args.target.startswith(("v5p", "v6e", "tpu7x"))
         dump = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
-        compiled = lowered.compile(compiler_options=dump if dumped else None)
-        if dumped:
+        compiled = lowered.compile(compiler_options=dump if unreadable else None)
+        if args.text is not None:
             found = sorted(pathlib.Path(folder).glob("*jit_step*after_spmd-partitioning*.txt"))
-            args.text.write_text(found[-1].read_text(encoding="utf-8"), encoding="utf-8")
-        elif args.text is not None:
-            args.text.write_text(compiled.as_text(), encoding="utf-8")
+            program = found[-1].read_text(encoding="utf-8") if unreadable else compiled.as_text()
+            args.text.write_text(program, encoding="utf-8")
     used = compiled.memory_analysis()
     return {
         "target": args.target,

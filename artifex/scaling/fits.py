@@ -59,8 +59,8 @@ def _check_sequences(model: str, plan: Plan, blocks: int | None) -> None:
     if ContextParallelStrategy.label in labels and context and blocks is None:
         axis, size = next(iter(context.items()))
         raise ValueError(
-            f"mesh axis {axis!r} has {size} devices for the positions of sequences, but {model!r} has none; use "
-            f"device.fsdp={size} instead"
+            f"mesh axis {axis!r} has {size} devices for parts of a sequence, but {model!r} is made of convolutions, "
+            f"which have none; set device.context=1 and device.fsdp={size * plan.sizes.get('fsdp', 1)}"
         )
 
 
