@@ -192,8 +192,9 @@ def _words_of_part(table_VD: jax.Array, ids: jax.Array) -> jax.Array:
     return jnp.where(here[..., None], rows, jnp.where(known, 0, jnp.nan)[..., None].astype(rows.dtype))
 
 
-def _take_of_few(table: jax.Array, ids: jax.Array) -> jax.Array:
-    # gathered first: of a small table that costs little, and XLA aborts on some layouts of its rows and of the ids
+def take_of_few(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """`take_rows` of a small table, gathered first: that costs little, and XLA aborts on some layouts of its rows and
+    of the ids inside a region that is manual over another axis."""
     return take_rows(axes.shard(table, None, None), ids)
 
 
@@ -201,7 +202,7 @@ class Embed(nnx.Module):
     """A table of `count` learned vectors; `names` are those of its two dims."""
 
     def __init__(self, count: int, features: int, names: Sequence[str], *, std: float = 0.02, rngs: nnx.Rngs):
-        self.take = take_words if names[0] == "vocab" else _take_of_few
+        self.take = take_words if names[0] == "vocab" else take_of_few
         self.table = parameter(std * jax.random.normal(rngs.params(), (count, features)), *names)
 
     def __call__(self, ids: jax.Array) -> jax.Array:

@@ -64,7 +64,7 @@ class ClassEmbedding(nnx.Module):
                 f"condition is {label_B.dtype}{list(label_B.shape)}; give integer labels of shape ({batch},), "
                 f"where {self.num_classes} means none"
             )
-        return layers.take_rows(self.table[...], label_B)
+        return layers.take_of_few(self.table[...], label_B)
 
 
 class Condition(nnx.Module):
