@@ -46,11 +46,17 @@ EVERY_DAY = [
 def most_work(family: str, strategy: str) -> float:
     """The share of one device's FLOPs that each of eight may have."""
     device = STRATEGIES[strategy]
-    share = 1.04 / 8  # what is smaller than the devices, such as the rope's or a class's vector, is computed by each
+    # attention computes its scores again going backwards, which XLA merges with the first time on one device; what is
+    # smaller than the devices, such as a class's vector, is computed by each
+    share = 8 / 7 / 8
     if "pipeline" in device:
         S, V, M = device["pipeline"], device.get("stages_per_device", 1), cells.PARTS
         # a backward turn computes its stage again: 4 forwards in place of 3; idle devices compute for nobody
         share *= 4 / 3 * (V * M + S - 1) / (V * M)
+    if family in MIXTURES and "tensor" in device:
+        share *= 1.05  # each routes every token
+    if family == "mixture" and "expert" in device:
+        share *= 2  # the rows of its experts are counted as if all tokens came
     return share
 
 
