@@ -55,6 +55,8 @@ def most_work(family: str, strategy: str) -> float:
         share *= 4 / 3 * (V * M + S - 1) / (V * M)
     if family in MIXTURES and "tensor" in device:
         share *= 1.05  # each routes every token
+    if family == "masked diffusion" and "whole stream" in strategy:
+        share *= 1.25  # a vocabulary of 257 does not divide, so that each computes the head for all positions
     if family == "mixture" and "expert" in device:
         share *= 2  # the rows of its experts are counted as if all tokens came
     return share
