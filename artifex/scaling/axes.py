@@ -104,6 +104,16 @@ class Rules:
             tuple((dict(self.min_weight_size) | dict(other.min_weight_size)).items()),
         )
 
+    def by_rows(self) -> Rules:
+        """The rules with the mesh axes of `sequence` added to those of `batch`, but for those that split what is
+        computed with."""
+        axes_of = {rule.name: rule.axes for rule in self.activations}
+        busy = {axis for name, over in axes_of.items() if name not in SHARED_BY_STRATEGIES for axis in over}
+        more = [axis for axis in axes_of.get("sequence", ()) if axis not in busy]
+        over = tuple(dict.fromkeys((*axes_of.get("batch", ()), *more)))
+        rest = tuple(rule for rule in self.activations if rule.name not in SHARED_BY_STRATEGIES)
+        return dataclasses.replace(self, activations=(Rule("batch", over, "rows"), *rest) if over else rest)
+
     def without(self, name: str) -> Rules:
         """The rules but those for one logical axis."""
         tables = ("params", "gradients", "optimizer", "activations")

@@ -104,6 +104,15 @@ def current_execution() -> Execution:
     return Execution(rules=rules, mesh=mesh)
 
 
+@contextlib.contextmanager
+def by_rows() -> Iterator[None]:
+    """Within it, devices that divide positions divide rows: for a part of a model that has no positions, such as the
+    encoder in front of a transformer, which each of them would else compute for all rows of its group."""
+    how = current_execution()
+    with execution(dataclasses.replace(how, rules=how.rules.by_rows())):
+        yield
+
+
 def held(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` under the execution at hand now, whenever it is traced: the backward pass of a `jax.custom_vjp` is
     traced when the loss, and the `execution` entered in it, have returned."""
