@@ -32,7 +32,7 @@ others must have the loss of one device at each step within 1e-5 of it and the f
 
 ```bash
 pytest -m slow tests/test_matrix.py       # all cells as tests
-python docs/_generate_matrix.py run       # trains the cells that docs/scaling/matrix.jsonl lacks
+python docs/_generate_matrix.py run       # trains the cells that the record lacks
 python docs/_generate_matrix.py           # writes this page from it
 ```
 
@@ -105,11 +105,16 @@ def page() -> str:
         text = plain(cell["refused"])
         return f"refused [{why.setdefault(text, len(why) + 1)}]"
 
-    equal = table(known, lambda cell: f"{cell['loss']:.0e}, {cell['gradient']:.0e}", reason)
+    equal = table(known, lambda cell: f"{short(cell['loss'])}<br>{short(cell['gradient'])}", reason)
     shared = table(known, lambda cell: f"{8 * cell['work']:.2f}, {cell['temporary']:.0%}", lambda cell: "")
     notes = "\n".join(f"{number}. {text}" for text, number in why.items())
     head = INTRODUCTION.format(steps=cells.STEPS, rows=cells.ROWS, versions=versions, missing=missing)
     return "\n".join([head, EQUAL, equal, f"\nRefused:\n\n{notes}\n", SHARED, shared]) + "\n"
+
+
+def short(share: float) -> str:
+    """3.2e-07 as 3e-7; a hyphen at which no line breaks."""
+    return f"{share:.0e}".replace("e-0", "e-").replace("-", "\N{NON-BREAKING HYPHEN}")
 
 
 def table(
