@@ -271,5 +271,7 @@ def test_tokens_travel_and_nothing_is_gathered_but_weights_of_fsdp(kind, mesh):
     for shape in shapes_of(text, "all-gather"):
         assert math.prod(shape) < of_all_experts, shape
         assert shape[-1] != 64 or math.prod(shape[:-1]) < tokens_of_two, shape
+    # the words of a part, which each device looks up among its own, are weights that FSDP divides as well
+    words = f"f32[{96 // MESHES[mesh].get('tensor', 1)},64]"
     inside = [line for line in text.splitlines() if " all-gather" in line and "shard_map" in line]
-    assert inside == []
+    assert [line for line in inside if words not in line] == []

@@ -29,9 +29,9 @@ def check_fits(model: str, plan: Plan, params: Any, names: Any, blocks: int | No
     arrays or `jax.ShapeDtypeStruct`s, `names` is the same tree with a tuple of logical axes at each leaf.
     """
     named = list(placement.leaves_with_names(params, names))
+    _check_experts(model, plan, named)
     _check_stages(model, plan, blocks)
     _check_sequences(model, plan, blocks)
-    _check_experts(model, plan, named)
     _check_widths(plan, named)
     _check_no_axis_idle(model, plan, named)
 
