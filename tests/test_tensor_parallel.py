@@ -16,6 +16,7 @@ from artifex.models.convolution import Conv, UpConv
 from artifex.models.resnet import ResnetBlock, SpatialAttention, Upsample
 from artifex.models.transformer.config import DecoderConfig
 from artifex.models.transformer.decoder import Block, stream
+from artifex.models.transformer.positions import Positions
 from artifex.scaling import axes, placement
 from artifex.scaling.execution import Execution, execution
 from artifex.scaling.local import local, total
@@ -195,7 +196,7 @@ def test_a_layer_of_a_decoder_moves_its_stream_as_often_as_megatron_does(sequenc
 
     def apply(state, x_BTD):
         with execution(Execution(rules=rules, mesh=mesh)):
-            return stream(nnx.merge(graphdef, state)(stream(x_BTD), np.arange(16))[0])
+            return stream(nnx.merge(graphdef, state)(stream(x_BTD), Positions(np.arange(16)))[0])
 
     shapes = jax.tree.map(
         lambda leaf, names: jax.ShapeDtypeStruct(

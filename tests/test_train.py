@@ -126,7 +126,12 @@ class StopAt:
         opened.checkpoints.save = saving
 
 
-@pytest.mark.parametrize("device", [{"fsdp": 8}, {"mesh_shape": (2, 4)}, {"data": 8}, {"tensor": 8}], ids=str)
+UNION = {"fsdp": 2, "context": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+    "device", [{"fsdp": 8}, {"mesh_shape": (2, 4)}, {"data": 8}, {"data": 4, "pipeline": 2}, UNION], ids=str
+)
 def test_a_run_opens_under_another_mesh_with_every_array_bit_equal(run, source, device):
     folder, cfg = run
     other = config(source, device=device)
