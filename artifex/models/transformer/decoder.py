@@ -73,12 +73,12 @@ class Block(nnx.Module):
         branch_BTD: jax.Array,
         norm: nnx.Module | None,
         key: jax.Array | None,
-        positions: Positions,
+        positions: Positions | None = None,
     ) -> jax.Array:
-        """The stream with a branch's output added."""
+        """The stream with a branch's output added; where a key drops some of it, in the order of `positions`."""
         branch_BTD = checkpoint_name(stream(branch_BTD), "branch")
         branch_BTD = branch_BTD if norm is None else norm(branch_BTD)
-        return stream(x_BTD + layers.dropout(branch_BTD, self.dropout, key, positions.arranged))
+        return stream(x_BTD + layers.dropout(branch_BTD, self.dropout, key, positions and positions.arranged))
 
 
 class Group(nnx.Module):
