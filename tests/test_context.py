@@ -447,8 +447,11 @@ def test_what_does_not_divide_is_refused_before_anything_is_built(config, messag
 
 
 def test_a_length_that_need_not_be_balanced_may_be_any_multiple_of_the_devices():
-    plan_of(configured(length=72, context=8, context_attention="ulysses", model={"num_heads": 8, "embed_dim": 32}), 8)
-    plan_of(configured("linear-nano", length=72, context=8, model={"num_heads": 4, "embed_dim": 32}), 8)
+    exchanged = configured(length=72, context=8, context_attention="ulysses", model={"num_heads": 8, "embed_dim": 32})
+    linear = configured("linear-nano", length=72, context=8, model={"num_heads": 4, "embed_dim": 32})
+    assert plan_of(exchanged, 8).sizes == plan_of(linear, 8).sizes == {"context": 8}
+    with pytest.raises(ValueError, match=r"72 does not divide over 8 devices .*, two parts on each"):
+        plan_of(configured(length=72, context=8, model={"num_heads": 8, "embed_dim": 32}), 8)
 
 
 def test_a_model_refuses_to_train_on_what_does_not_divide_and_leaves_it_whole_otherwise():

@@ -106,8 +106,9 @@ def current_execution() -> Execution:
 
 @contextlib.contextmanager
 def by_rows() -> Iterator[None]:
-    """Within it, devices that divide positions divide rows: for a part of a model that has no positions, such as the
-    encoder in front of a transformer, which each of them would else compute for all rows of its group."""
+    """Within it, or in a function that it decorates, devices that divide positions divide rows: for a part of a model
+    that has no positions, such as an autoencoder around a transformer, which each of them would else compute for all
+    rows of its group."""
     how = current_execution()
     with execution(dataclasses.replace(how, rules=how.rules.by_rows())):
         yield

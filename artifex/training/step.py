@@ -69,17 +69,16 @@ def _gradients(blue: Blueprint) -> Callable:
     Each microbatch is weighed by its targets, and changes the buffers that the next one sees.
     """
 
-    def value_and_grad(params: Any, *rest: Any) -> tuple[tuple[jax.Array, tuple[Metrics, Any]], Any]:
+    def plain(params: Any, *rest: Any) -> tuple[tuple[jax.Array, tuple[Metrics, Any]], Any]:
         trained, held = blue.split(params)
         value, grads = jax.value_and_grad(lambda trained: blue.loss(join(trained, held), *rest), has_aux=True)(trained)
-        return value, blue.laid_out(in_dtype(grads, blue.config.training.gradient_dtype))
+        return value, in_dtype(grads, blue.config.training.gradient_dtype)
 
-    if blue.plan.pipeline is not None:
-        by_stages = pipelined(blue)
+    of_batch = plain if blue.plan.pipeline is None else pipelined(blue)
 
-        def value_and_grad(params: Any, *rest: Any) -> tuple[tuple[jax.Array, tuple[Metrics, Any]], Any]:
-            value, grads = by_stages(params, *rest)
-            return value, blue.laid_out(grads)
+    def value_and_grad(*args: Any) -> tuple[tuple[jax.Array, tuple[Metrics, Any]], Any]:
+        value, grads = of_batch(*args)
+        return value, blue.laid_out(grads)
 
     parts = blue.plan.microbatches
 

@@ -23,7 +23,7 @@ from artifex.models.diffusion.samplers import SAMPLERS, time_grid
 from artifex.models.rows import in_chunks
 from artifex.models.staged import Stack, Start
 from artifex.scaling import axes
-from artifex.scaling.execution import by_rows, compiled
+from artifex.scaling.execution import compiled
 
 
 class Diffusion(nnx.Module):
@@ -120,8 +120,7 @@ class Diffusion(nnx.Module):
         """What the network works on: the image, or its latent, drawn by `key` or the mean, shifted and scaled."""
         if self.autoencoder is None:
             return image_BHWC
-        with by_rows():
-            mean, logvar = self.autoencoder.encode(image_BHWC)
+        mean, logvar = self.autoencoder.encode(image_BHWC)
         return self.latent(mean, logvar, key)
 
     def latent(self, mean: jax.Array, logvar: jax.Array, key: jax.Array | None = None) -> jax.Array:

@@ -22,7 +22,7 @@ from artifex.models.resnet import Downsample, ResnetBlock, SpatialAttention, Ups
 from artifex.models.rows import fill_up
 from artifex.models.vae.config import KLAutoencoderConfig
 from artifex.models.vae.vae import LOGVAR_RANGE, gaussian_kl, image_weights, refuse_labels, weighted_mean
-from artifex.scaling.execution import compiled
+from artifex.scaling.execution import by_rows, compiled
 
 EPS = 1e-6  # of every group norm
 
@@ -113,6 +113,7 @@ class KLAutoencoder(nnx.Module):
         self.latent_in = Conv(Z, Z, 1, rngs=rngs) if cfg.latent_convs else None
         self.decoder = Decoder(cfg, rngs=rngs)
 
+    @by_rows()
     def encode(self, x_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and log-variance of q(z|x), each (B, latent_size, latent_size, Z) float32, as yet unscaled.
 
@@ -129,6 +130,7 @@ class KLAutoencoder(nnx.Module):
         mean, logvar = jnp.split(h.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
+    @by_rows()
     def decode(self, z_BHWZ: jax.Array) -> jax.Array:
         """The image of an unscaled latent: (B, H, W, C) float32, not clipped."""
         z = z_BHWZ.astype(self.decoder.conv_in.kernel[...].dtype)

@@ -40,6 +40,11 @@ REST: tuple[str, ...] = (
 """Weight dims in the order in which strategies that divide whatever is left choose one."""
 
 
+def leading(name: str, shape: tuple[int, ...]) -> Names:
+    """`name` for the first dim of an array, and None for the others."""
+    return (name,) * bool(shape) + (None,) * (len(shape) - 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class ShardingStrategy(ABC):
     """One form of parallelism over one mesh axis: `axis_name`, or on a mesh without that name the axis at position

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from artifex.scaling.axes import Names, Rules
 from artifex.scaling.mesh_utils import check_count
-from artifex.scaling.strategies.base import REST, ShardingStrategy, Table
+from artifex.scaling.strategies.base import REST, ShardingStrategy, Table, leading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class DataParallelStrategy(ShardingStrategy):
         return Rules.of(activations={"batch": self.axis_name}, strategy=self.label)
 
     def names_for(self, shape: tuple[int, ...], ways: int) -> Names:
-        return (("batch",) + (None,) * len(shape))[: len(shape)]
+        return leading("batch", shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ZeROStrategy(ShardingStrategy):
         return Rules.of(activations={"batch": self.axis_name}, strategy=self.label)
 
     def names_for(self, shape: tuple[int, ...], ways: int) -> Names:
-        return (("batch",) + (None,) * len(shape))[: len(shape)]
+        return leading("batch", shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, get_args
 from jax.sharding import PartitionSpec
 
 from artifex.scaling.axes import Names, Rules
-from artifex.scaling.strategies.base import ShardingStrategy, Table, partition_spec
+from artifex.scaling.strategies.base import ShardingStrategy, Table, leading, partition_spec
 
 ShardDimension = Literal["out_features", "in_features"]
 
@@ -98,7 +98,7 @@ class ExpertParallelStrategy(ShardingStrategy):
         )
 
     def names_for(self, shape: tuple[int, ...], ways: int) -> Names:
-        return (("experts",) + (None,) * len(shape))[: len(shape)]
+        return leading("experts", shape)
 
 
 @dataclasses.dataclass(frozen=True)

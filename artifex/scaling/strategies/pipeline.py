@@ -7,7 +7,7 @@ from typing import ClassVar, Self, get_args
 
 from artifex.scaling.axes import Names, Rules, mesh_sizes
 from artifex.scaling.mesh_utils import check_count
-from artifex.scaling.strategies.base import MeshLike, ShardingStrategy, Table
+from artifex.scaling.strategies.base import MeshLike, ShardingStrategy, Table, leading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class PipelineParallelStrategy(ShardingStrategy):
         return dataclasses.replace(here, num_stages=ways)
 
     def names_for(self, shape: tuple[int, ...], ways: int) -> Names:
-        return (("layers",) + (None,) * len(shape))[: len(shape)]
+        return leading("layers", shape)
 
     def assign_layers_to_stages(self, num_layers: int) -> list[int]:
         """Layers of each stage, as even as can be, the larger ones first: 10 over 4 is [3, 3, 2, 2].
