@@ -2,6 +2,8 @@
 
 Tagged is what is the same on every machine and Python: names, shapes, layouts, messages. What was trained, or read of
 Python's own library, is not. `pytest -n 0 --overwrite notebooks/NAME.ipynb` runs a notebook and stores what it printed.
+
+Those that train for a minute or more are slow tests: `pytest -m slow notebooks` runs them, as `.ci/run` does.
 """
 
 import dataclasses
@@ -13,6 +15,15 @@ import nbmake.pytest_items
 import pytest
 from nbmake.nb_result import NotebookError, NotebookResult
 from nbmake.nb_run import NB_VERSION, NotebookRun
+
+EVERY_DAY = ("01_language_model.ipynb", "02_meshes_and_axes.ipynb")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.suffix == ".ipynb" and item.path.name not in EVERY_DAY:
+            item.add_marker(pytest.mark.slow)
 
 
 def printed(cell: nbformat.NotebookNode) -> str:

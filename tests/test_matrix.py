@@ -33,6 +33,7 @@ def refusal(family: str, strategy: str) -> str | None:
 
 REFUSED = [(family, strategy) for family in FAMILIES for strategy in STRATEGIES if refusal(family, strategy)]
 TRAINED = [(family, strategy) for family in FAMILIES for strategy in STRATEGIES if not refusal(family, strategy)]
+FIRST_REFUSED = {strategy: family for family, strategy in reversed(REFUSED)}
 EVERY_DAY = [
     ("llama", "zero 2, data 8"),
     ("llama", "fsdp 2 x context 2 x tensor 2"),
@@ -59,6 +60,10 @@ def most_work(family: str, strategy: str) -> float:
         share *= 1.25  # a vocabulary of 257 does not divide, so that each computes the head for all positions
     if family == "mixture" and "expert" in device:
         share *= 2  # the rows of its experts are counted as if all tokens came
+    if family == "latent DiT" and strategy == "context 8, ring":
+        share *= 1.4  # of 16 positions a device has two parts of one, which its blocks fill up
+    if family == "latent DiT" and "interleaved" in strategy:
+        share *= 1.1  # 4 rows of a microbatch do not divide over 8 devices: two encode each
     return share
 
 
@@ -75,12 +80,15 @@ def test_eight_devices_train_as_one(family, strategy):
     assert cell.temporary < 1, cell
 
 
-def test_what_is_refused_is_refused_with_its_reason():
-    with cells.presets():
-        for family, strategy in REFUSED:
-            device = STRATEGIES[strategy]
-            with pytest.raises(ValueError, match=re.escape(refusal(family, strategy))):
-                cells.built(family, device, cells.PARTS if "pipeline" in device else 1, 8)
+@pytest.mark.parametrize(
+    ("family", "strategy"),
+    # every day the first family that a strategy refuses
+    [pytest.param(*pair, marks=() if FIRST_REFUSED[pair[1]] == pair[0] else pytest.mark.slow) for pair in REFUSED],
+)
+def test_what_is_refused_is_refused_with_its_reason(family, strategy):
+    device = STRATEGIES[strategy]
+    with cells.presets(), pytest.raises(ValueError, match=re.escape(refusal(family, strategy))):
+        cells.built(family, device, cells.PARTS if "pipeline" in device else 1, 8)
 
 
 def test_the_page_has_a_row_for_each_strategy_and_a_column_for_each_family():

@@ -310,7 +310,10 @@ def test_the_command_line_trains_and_a_kill_leaves_a_run_that_goes_on(source, tm
     assert not skipped and f"at step {step}, which is saved" in out
 
 
-@pytest.mark.parametrize(("rows", "length"), [(8, 128), (16, 64), (40, 32)])
+@pytest.mark.parametrize(
+    ("rows", "length"),
+    [(16, 64), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((8, 128), (40, 32)))],
+)
 def test_validation_of_masked_diffusion_is_an_estimate_at_any_batch_shape(source, tmp_path, rows, length):
     decoder = {"embed_dim": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32, "sequence_length": length}
     training = {"batch_size": rows, "validation_batches": 50}

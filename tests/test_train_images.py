@@ -146,19 +146,28 @@ def test_a_latent_run_measures_shift_and_scale_of_its_training_images_and_keeps_
     np.testing.assert_allclose(ran.latent_scale, 1 / z.std(), rtol=0.01)
     line = f"so latent_shift is {ran.latent_shift} and latent_scale is {ran.latent_scale}"
     assert capsys.readouterr().out.count(line) == 1
-    # the same configuration goes on, without measuring anew; a checkpoint and the weights have the same numbers
-    cfg.training.steps = 4
-    train.train(cfg, folder)
-    assert "latents of" not in capsys.readouterr().out
+    # a checkpoint and the weights have the same numbers
     for path in (folder, folder / "weights"):
         assert sample.load(path).autoencoder.cfg == ran
     saved = from_pretrained(folder / "weights")
     encoded = nnx.jit(lambda model, x: model.encode(x, jax.random.key(0)))(saved, images)
     assert abs(float(encoded.mean())) < 0.02 and abs(float(encoded.std()) - 1) < 0.02
+
+
+@pytest.mark.slow
+def test_a_latent_run_that_goes_on_or_is_started_from_measures_nothing_anew(kl, tmp_path, capsys):
+    cfg = config(LATENT | {"autoencoder_weights": str(kl / "weights")}, 2)
+    folder = train.train(cfg, tmp_path / "latent")
+    ran = Config.from_file(folder / "config.json").model.spec().autoencoder
+    assert "latents of" in capsys.readouterr().out
+    cfg.training.steps = 4
+    train.train(cfg, folder)
     # and a run that starts from it, autoencoder and all, has them from there
     start = config(LATENT, 1, start_from=str(folder), sample_images=0)
     began = train.train(start, tmp_path / "began")
-    assert Config.from_file(began / "config.json").model.spec().autoencoder == ran
+    assert "latents of" not in capsys.readouterr().out
+    for path in (folder, began):
+        assert Config.from_file(path / "config.json").model.spec().autoencoder == ran
 
 
 def test_a_configured_scale_that_does_not_fit_the_latents_is_a_line_of_the_run():

@@ -80,9 +80,13 @@ MESHES = {
     "context": {"context": 8},
     "tensor, stream whole": {"data": 2, "tensor": 4, "sequence_parallel": False},
 }
+EVERY_DAY = ("data", "fsdp", "tensor", "data+fsdp+tensor", "zero-2")
 
 
-@pytest.mark.parametrize("device", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize(
+    "device",
+    [pytest.param(MESHES[name], id=name, marks=() if name in EVERY_DAY else pytest.mark.slow) for name in MESHES],
+)
 def test_loss_is_equal_on_1_and_8_devices(one_device, device):
     blue, state, losses = run(config(device=device), 8)
     np.testing.assert_allclose(losses, one_device[2], rtol=1e-5)
