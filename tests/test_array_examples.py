@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from artifex.scaling import arrays
 from artifex.scaling.mesh_utils import create_device_mesh
@@ -105,6 +106,7 @@ PROVOKED = [  # one for each row of the page's table of errors
     lambda: arrays.ones(64, 64, tensor_split=(0,)),
     lambda: on_a_mesh((4,)),
     lambda: on_a_mesh((4, 1)),
+    lambda: arrays.ones(64, mesh=jax.make_mesh((2,), ("a",), (AxisType.Explicit,), devices=jax.devices()[:2])),
     lambda: arrays.ones(64, device_mesh=2),
     lambda: arrays.ones(64, dtype="float33"),
     lambda: arrays.ones(64, dtype="float64"),

@@ -188,7 +188,7 @@ def randint(
 def array(
     data: Any, *, device_mesh: Sizes = None, tensor_split: Split = None, mesh: Mesh | None = None, dtype: Any = None
 ) -> jax.Array:
-    """`data`, an array of NumPy or JAX or nested lists of numbers, of which each device gets its part alone.
+    """`data`, an array of NumPy or JAX or nested lists of numbers, of which each device gets a copy of its part.
 
     The dtype is that of the data, and 32 bits of what has 64. Raises `TypeError` for what is no array of numbers and
     `ValueError` for numbers of the host that the dtype has not: an integer too large, 0.5 of an int32.
@@ -198,16 +198,17 @@ def array(
         where = sharding_for(data.shape, device_mesh, tensor_split, mesh)
         data = data.astype(made)
         if where is None:
-            return data
-        return _constrained(data, where) if isinstance(data, Tracer) else jax.device_put(data, where)
+            return jnp.array(data)
+        return _constrained(data, where) if isinstance(data, Tracer) else jax.device_put(data, where, may_alias=False)
     data = on_host("data", data)
     default = {"float64": "float32", "complex128": "complex64", "int64": "int32", "uint64": "uint32"}
     made = checked_dtype(dtype, default.get(data.dtype.name, data.dtype), np.generic, "array")
     where = sharding_for(data.shape, device_mesh, tensor_split, mesh)
     data = checked_values("data", data, made)
     if where is None or isinstance(where.mesh, AbstractMesh):
-        return jnp.asarray(data) if where is None else _constrained(jnp.asarray(data), where)
-    return jax.make_array_from_callback(data.shape, where, lambda index: data[index])
+        return jnp.array(data) if where is None else _constrained(jnp.array(data), where)
+    # a copy of the part, or JAX would use NumPy's own memory where that is aligned, and see it change
+    return jax.make_array_from_callback(data.shape, where, lambda index: np.array(data[index]))
 
 
 def ones_like(

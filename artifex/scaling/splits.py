@@ -40,7 +40,8 @@ def sharding_for(
     axis. By default axis i splits dim i, for every axis of `device_mesh` larger than 1. `tensor_split` alone, with a
     mesh at hand, splits over the whole of it; neither: a copy on each of the mesh's devices, or inside `jax.jit`
     wherever XLA likes. Raises `TypeError` for anything but integers, `ValueError` for more devices than there are, a
-    `device_mesh` that is not of the mesh, a dim that is not there, is split twice or does not divide.
+    `device_mesh` that is not of the mesh, a dim that is not there, is split twice or does not divide, and for mesh axes
+    that are not Auto.
     """
     if mesh is not None and not isinstance(mesh, Mesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}; a shape alone is device_mesh=")
@@ -48,6 +49,7 @@ def sharding_for(
     if device_mesh is None and tensor_split is None:
         if whole is None or isinstance(whole, AbstractMesh):
             return None
+        _check_axis_types(whole, ())
         return NamedSharding(whole, PartitionSpec())
     if device_mesh is None and whole is None:
         raise ValueError(
@@ -60,6 +62,7 @@ def sharding_for(
     else:
         _check_part_of(sizes, whole)
     split = _checked_split(tensor_split, sizes, shape, tuple(whole.axis_names))
+    _check_axis_types(whole, split)
     return NamedSharding(whole, PartitionSpec(*split))
 
 
@@ -188,6 +191,21 @@ def _check_part_of(sizes: tuple[int, ...], mesh: Mesh | AbstractMesh) -> None:
             )
 
 
+def _check_axis_types(mesh: Mesh | AbstractMesh, split: Sequence[str | None]) -> None:
+    """Raise `ValueError` for an axis whose arrays' types say how they lie, or that splits where a device has a part."""
+    for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
+        if kind == AxisType.Explicit:
+            raise ValueError(
+                f"mesh axis {axis!r} is Explicit, and arrays here lie on Auto axes; make the mesh by "
+                f"create_device_mesh, or by jax.make_mesh with axis_types=(AxisType.Auto,) * {len(mesh.axis_names)}"
+            )
+        if kind == AxisType.Manual and axis in split:
+            raise ValueError(
+                f"mesh axis {axis!r} is Manual here, inside jax.shard_map, where a device has its own part only; make "
+                "the part, without a split over that axis"
+            )
+
+
 def _checked_split(
     tensor_split: Any, sizes: tuple[int, ...], shape: Sequence[int], names: tuple[str, ...]
 ) -> list[str | None]:
@@ -234,9 +252,9 @@ def _checked_split(
     return over
 
 
-def _ranges(numbers_: Sequence[int]) -> str:
+def _ranges(ids: Sequence[int]) -> str:
     """Numbers as text, those that follow each other as a range: `0-3, 6`."""
-    text, rest = [], list(numbers_)
+    text, rest = [], list(ids)
     while rest:
         length = next((i for i, n in enumerate(rest) if n != rest[0] + i), len(rest))
         text.append(f"{rest[0]}-{rest[length - 1]}" if length > 2 else ", ".join(map(str, rest[:length])))
