@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -24,6 +25,7 @@ from artifex.sample import load
 from artifex.scaling.axes import resolve
 from artifex.scaling.pictures import draw_schedule, draw_shards
 from artifex.scaling.pipeline.schedules import Schedule
+from artifex.scaling.splits import sharding_for
 from artifex.scaling.strategies import combine, strategies_for
 
 IMAGES = Path(__file__).parent / "images"
@@ -141,6 +143,23 @@ def layouts() -> None:
         figure.savefig(IMAGES / f"layout_{page}.png", dpi=110)
 
 
+def splits() -> None:
+    """How a tensor of (128, 64) lies on four devices under pairs of device_mesh and tensor_split."""
+    pairs = [
+        *(((4,), None), ((4,), (1,)), ((2, 2), None)),
+        *(((2, 2), (1, None)), ((2, 1), (0, None)), ((1, 2), (None, 0))),
+    ]
+    figure = Figure(figsize=(9, 6.2), layout="constrained")
+    for axes, (device_mesh, tensor_split) in zip(figure.subplots(2, 3).flat, pairs, strict=True):
+        sizes = {f"axis{i}": 4 // len(device_mesh) for i in range(len(device_mesh))}
+        with jax.sharding.use_abstract_mesh(AbstractMesh(tuple(sizes.values()), tuple(sizes))):
+            sharding = sharding_for((128, 64), device_mesh, tensor_split)
+        assert sharding is not None, "a mesh is at hand"
+        draw_shards(axes, sharding.spec, (128, 64), sizes, (None, None))
+        axes.set_title(f"device_mesh={device_mesh}\ntensor_split={tensor_split}", loc="left", size="medium")
+    figure.savefig(IMAGES / "arrays.png", dpi=110)
+
+
 def pipelines() -> None:
     """What four devices do with eight microbatches under each schedule, drawn from its table."""
     schedules = [Schedule("gpipe", 4, 8), Schedule("1f1b", 4, 8), Schedule("interleaved", 4, 8, 2)]
@@ -217,7 +236,7 @@ def _rows(rows: dict[str, np.ndarray], name: str) -> None:
 
 
 if __name__ == "__main__":
-    for figure in (attention, schedules, layouts, pipelines):
+    for figure in (attention, schedules, layouts, splits, pipelines):
         figure()
     if len(sys.argv) == 1:
         sys.exit()
