@@ -4,6 +4,7 @@
     python benchmarks/limits.py place 1024        # llama3-70b built and placed by the shape of a mesh, without devices
     python benchmarks/limits.py blueprint 1024    # its whole training state on simulated devices
     python benchmarks/limits.py save 64           # files, manifest, seconds of a checkpoint in as many parts
+    python benchmarks/limits.py hash 1            # SHA-256 of a checkpoint's bytes, by one thread
     python benchmarks/limits.py order 100000      # a batch, where so many processes share an epoch
     python benchmarks/limits.py target 12800x8    # llama3-70b compiled for so many hosts of H100s: `'.[gpu-targets]'`
 
@@ -13,6 +14,7 @@ One question a process: memory is that of the process, at its highest.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -34,6 +36,7 @@ def main() -> None:
         "place": place,
         "blueprint": state,
         "save": save,
+        "hash": hashed,
         "order": order,
         "target": target,
     }
@@ -131,6 +134,7 @@ def save(count: str) -> dict[str, Any]:
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
+    from artifex.scaling import manifest
     from artifex.scaling.checkpoints import Checkpoints
     from artifex.scaling.mesh_utils import create_device_mesh
 
@@ -145,8 +149,18 @@ def save(count: str) -> dict[str, Any]:
             checkpoints.restore(1, tree)
         step = Path(folder) / "1"
         files = sum(1 for path in step.rglob("*") if path.is_file())
+        with timed(found, "seal"):  # once more, alone: what process 0 does when all have written
+            manifest.seal(step, {})
         found |= {"arrays": ARRAYS, "files": files, "manifest_bytes": (step / "manifest.json").stat().st_size}
     return found
+
+
+def hashed(count: str) -> dict[str, Any]:
+    content = bytes(2**28)
+    begin = time.process_time()
+    for _ in range(int(count)):
+        hashlib.sha256(content).digest()
+    return {"GB_per_cpu_second": round(int(count) * len(content) / 1e9 / (time.process_time() - begin), 2)}
 
 
 def order(count: str) -> dict[str, Any]:

@@ -166,7 +166,7 @@ LLAMA = "--data.sequence-length 2048 --model.sequence-length 2048"
 STEP = "--training.compute-dtype bfloat16 --training.remat full --optimizer.name adamw"
 RUNS = {  # name -> target, what is typed besides, GiB of a device that it needs at most
     "8B on 16 v5e": ("tpu:v5e:4x4", f"--model.name llama3-8b {LLAMA} --training.batch-size 64 --device.fsdp 16", 12),
-    "8B on 16 v6e": ("tpu:v6e:4x4", f"--model.name llama3-8b {LLAMA} --training.batch-size 64 --device.fsdp 16", 13),
+    "8B on 16 v6e": ("tpu:v6e:4x4", f"--model.name llama3-8b {LLAMA} --training.batch-size 64 --device.fsdp 16", 31.25),
     "70B on 256 v5p": (
         "tpu:v5p:8x8x4",
         f"--model.name llama3-70b {LLAMA} --training.batch-size 1024 --device.fsdp 256",
@@ -175,13 +175,13 @@ RUNS = {  # name -> target, what is typed besides, GiB of a device that it needs
     "Mixtral 8x7B on 64 v5p": (
         "tpu:v5p:4x4x4",
         f"--model.name mixtral-8x7b {LLAMA} --training.batch-size 64 --device.fsdp 8 --device.expert 8",
-        40,
+        95.74,
     ),
     "DiT-XL/2 on 16 v5e": (
         "tpu:v5e:4x4",
         "--model.name latent-dit-xl2 --data.source digits --data.cache-latents true --training.batch-size 256 "
         "--device.fsdp 16",
-        12,
+        2,
     ),
     "8B on 16 H100": ("gpu:h100:2x8", f"--model.name llama3-8b {LLAMA} --training.batch-size 64 --device.fsdp 16", 12),
     "70B on 1,024 H100": (

@@ -171,17 +171,15 @@ def flops_line(jaxpr: Any, target: Target) -> str:
 
 
 def dump_options(target: Target, folder: str) -> dict[str, str] | None:
-    """The compiler's options, by which it writes down what it cannot say when asked: the program as it was divided."""
-    if target.chip is None or target.chip.text:
-        return None
-    return {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
+    """The compiler's options, by which it writes down on the way what it cannot say at the end: its program."""
+    return None if target.chip is None or target.chip.text else {"xla_dump_to": folder}
 
 
 def program_text(compiled: Any, target: Target, folder: str) -> str:
-    """The program of a device, as XLA writes it; where it cannot, as it was before XLA optimised it."""
+    """The program of a device, as XLA writes it; empty where it did not."""
     if dump_options(target, folder) is None:
         return compiled.as_text()
-    written = sorted(Path(folder).glob("*jit_step*after_spmd-partitioning*.txt"))
+    written = sorted(Path(folder).glob("*jit_step*.after_optimizations.txt"))
     return written[-1].read_text(encoding="utf-8") if written else ""
 
 
