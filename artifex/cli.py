@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import math
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from artifex import models
 from artifex.config import Config, sections
 from artifex.config_io import ConfigError, nearest, one_line, read_mapping, scalar
 from artifex.config_model import ModelConfig, field_types
+from artifex.scaling.targets import Target
 
 SOURCE = "command line"
 PROGRAM = "python -m artifex.train"
@@ -39,6 +41,12 @@ FLAGS = {
     "--start-anew": "begin at step 0 where the run folder has checkpoints; they are renamed and stay",
     "--help": "print this, with the values of CONFIG and the fields of --model.name, and stop",
 }
+TIME_LIMIT = 1_800.0  # seconds: 70B for a thousand chips takes some minutes on two cores
+VALUES = {
+    "--target TARGET": "with --dry-run: a machine that need not be there, tpu:v5e:4x4, gpu:h100:2x8 or cpu:8; the step "
+    "is compiled for it and what it would need and send is printed",
+    "--time-limit SECONDS": f"with --target: when to give up (default: {TIME_LIMIT:g})",
+}
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 
 
@@ -51,6 +59,8 @@ class TrainCommand:
     print_config: bool
     dry_run: bool
     start_anew: bool = False
+    target: Target | None = None
+    time_limit: float = TIME_LIMIT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +139,24 @@ def parse_train(argv: list[str] | None = None) -> TrainCommand:
         run_dir = " ".join(given.pop("--run-dir", [default]))
         if not run_dir:
             raise ConfigError("--run-dir is empty; name a folder", source=SOURCE)
+        target, limit = _target(given, dry_run=flags["--dry-run"])
         config = _resolve(values, given, known, file)
-        return TrainCommand(config, Path(run_dir), flags["--print-config"], flags["--dry-run"], flags["--start-anew"])
+        return TrainCommand(
+            config, Path(run_dir), flags["--print-config"], flags["--dry-run"], flags["--start-anew"], target, limit
+        )
+
+
+def _target(given: dict[str, list[str]], *, dry_run: bool) -> tuple[Target | None, float]:
+    """The machine to compile for and the seconds that it may take, out of the options that were given."""
+    limit, name = given.pop("--time-limit", None), given.pop("--target", None)
+    for flag, words, needed in (("--target", name, dry_run), ("--time-limit", limit, name is not None)):
+        if words is not None and not needed:
+            other = "--dry-run" if flag == "--target" else "--target"
+            raise ConfigError(f"{flag} is for {other}, which is not given; add it, or leave {flag} out", source=SOURCE)
+    seconds = scalar(" ".join(limit)) if limit else TIME_LIMIT
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+        raise ConfigError(f"--time-limit is {' '.join(limit or [])!r}; expected seconds above 0", source=SOURCE)
+    return None if name is None else Target.parse(" ".join(name)), float(seconds)
 
 
 def options(model_name: str) -> list[Option]:
@@ -191,7 +217,7 @@ def format_help(config: Config, known: list[Option]) -> str:
     lines = [f"usage: {USAGE}", "", *textwrap.wrap(ABOUT, width), "", "run"]
     default = "default: runs/ and the name of CONFIG"
     lines += _entry("--run-dir PATH", f"folder of the run; one that is there already goes on ({default})", width)
-    for flag, what in FLAGS.items():
+    for flag, what in (*VALUES.items(), *FLAGS.items()):
         lines += _entry(flag, what, width)
     section = ""
     for option in known:
@@ -263,7 +289,9 @@ def _resolve(values: Mapping[str, Any], given: Mapping[str, list[str]], known: l
     merged = copy.deepcopy(dict(values))
     for flag, words in given.items():
         if flag not in by_flag:
-            near = nearest(flag.lstrip("-"), [name[2:] for name in (*by_flag, *FLAGS, "--run-dir")])
+            near = nearest(
+                flag.lstrip("-"), [name[2:] for name in (*by_flag, *FLAGS, "--run-dir", "--target", "--time-limit")]
+            )
             hint = f"did you mean --{near}?" if near else f"{PROGRAM} --help lists the options"
             raise ConfigError(f"{flag} is unknown; {hint}", source=SOURCE)
         option = by_flag[flag]

@@ -33,14 +33,23 @@ if TYPE_CHECKING:
 
 @ending_at_once(": no step is lost, and the same command goes on")
 def main(argv: list[str] | None = None) -> None:
-    """The command line. Exits with 2 and one line for anything the user can mend, with 1 for a run that failed, with
-    128 + its number for a signal: after the step, with everything saved, or at once where there is nothing to save."""
+    """The command line. Exits with 2 and one line for anything the user can mend, with 1 for a run that failed, or that
+    does not fit the target it was asked about, with 128 + its number for a signal: after the step, with everything
+    saved, or at once where there is nothing to save."""
     from artifex.cli import fail, parse_train, program, user_errors
 
     with program():
         command = parse_train(argv)
         if command.print_config:
             print(command.config.to_yaml(), end="")
+        elif command.target is not None:
+            from artifex.training.for_target import ask
+
+            with user_errors():
+                answer = ask(command.config, command.target, command.time_limit)
+            print(answer.text)
+            if not answer.fits:
+                raise SystemExit(1)
         elif command.dry_run:
             with user_errors():
                 print(dry_run(command.config))
@@ -135,25 +144,12 @@ def open_run(config: Config, run_dir: str | Path, *, start_anew: bool = False) -
 
 
 def plan_of(config: Config, device_count: int) -> Plan:
-    """The plan of a configuration on `device_count` devices, checked against the batch."""
+    """The plan of a configuration on the `device_count` devices there are, checked against the batch."""
     from artifex.scaling.mesh_utils import simulation_hint
-    from artifex.scaling.plan import Plan
-    from artifex.training.task import attention_of
+    from artifex.training.state import planned
 
-    config.check()
-    microbatches = config.training.gradient_accumulation
     with simulation_hint(config.device, device_count):
-        plan = Plan.from_device(
-            config.device,
-            device_count,
-            remat=config.training.remat,
-            microbatches=microbatches,
-            batch_size=config.training.batch_size,
-        )
-    plan.check_batch(config.training.batch_size)
-    if (attends := attention_of(config)) is not None:
-        plan.check_sequence(**attends)
-    return plan
+        return planned(config, device_count)
 
 
 def begin(blue: Blueprint, checkpoints: Checkpoints, task: Task, start_anew: bool) -> tuple[TrainState, int, list[str]]:
@@ -363,14 +359,14 @@ def dry_run(config: Config) -> str:
     from flax import nnx
 
     from artifex.scaling.placement import explain
-    from artifex.training.memory import compile_step, table
+    from artifex.training.memory import compile_step, device_bytes, table
     from artifex.training.state import blueprint
     from artifex.training.task import batch_shapes
 
     plan = plan_of(config, jax.device_count())
     blue = blueprint(config, plan, plan.make_mesh())
     abstract = nnx.eval_shape(lambda: config.model.spec().build(nnx.Rngs(0)))
-    memory = table(compile_step(blue, batch_shapes(config)))
+    memory = table(compile_step(blue, batch_shapes(config)), device_bytes())
     return "\n".join([str(explain(abstract, plan, plan.sizes)), "", f"plan: {plan}", "memory per device:", *memory])
 
 

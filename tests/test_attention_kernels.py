@@ -1,7 +1,6 @@
 """Attention that never holds all scores: each implementation against the product written out, and what it costs."""
 
 import functools
-import os
 import pathlib
 import re
 import subprocess
@@ -224,15 +223,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 # for a device that is not there, in a process of its own
 COMPILED = """
     import functools, os
-    import target_memory
-    os.environ.update(target_memory.TPU)
+    from artifex.scaling.targets import Target
+    target = Target.parse({target!r})
+    os.environ.update(target.environment())
     import jax, jax.numpy as jnp
     import numpy as np
     from jax.sharding import Mesh, PartitionSpec
     from artifex.models.attention.{kernel} import {kernel}
 
     attention = functools.partial({kernel}, **{options})
-    mesh = Mesh(np.array(target_memory.devices_of({target!r})[:1]), ("rows",))
+    mesh = Mesh(np.array(target.devices()[:1]), ("rows",))
     parts = jax.shard_map(attention, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
     where = jax.sharding.NamedSharding(mesh, PartitionSpec())
     given = [jax.ShapeDtypeStruct((1, {T}, heads, 64), jnp.bfloat16, sharding=where) for heads in (4, 2, 2)]
@@ -244,16 +244,15 @@ COMPILED = """
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window": 1000, "softcap": 30.0}])
 @pytest.mark.parametrize(
-    ("kernel", "target"), [("splash", "v5e:4x4"), ("blockwise", "h100:1x1"), ("cudnn", "h100:1x1")]
+    ("kernel", "target"), [("splash", "tpu:v5e:4x4"), ("blockwise", "gpu:h100:1x1"), ("cudnn", "gpu:h100:1x1")]
 )
 def test_no_array_of_the_compiled_program_grows_with_queries_times_keys(kernel, target, options):
     pytest.importorskip("jax_plugins" if "h100" in target else "libtpu")
     T = 4096
     options = EVERYTHING | options | ({"softcap": None} if kernel == "cudnn" else {})
     program = textwrap.dedent(COMPILED.format(target=target, kernel=kernel, options=options, T=T))
-    path = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
-    command, env = [sys.executable, "-c", program], os.environ | {"PYTHONPATH": path}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     sizes = {
         shape: np.prod([int(dim) for dim in shape.split(",")]) for shape in re.findall(r"\[(\d[\d,]*)\]", done.stdout)

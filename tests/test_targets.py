@@ -1,5 +1,5 @@
 """Our own training step, compiled for accelerators that are not there: what it holds, and that nothing grows with T x T
-or T x V. Each compile is a process of `benchmarks/target_memory.py`; 4 to 80 s each on two cores."""
+or T x V; and large runs as the command answers for them. Each compile is a process, of 4 to 150 s on two cores."""
 
 import importlib.util
 import json
@@ -162,6 +162,64 @@ def test_a_tpu_has_one_kernel_for_rows_and_their_experts(tmp_path):
 
 V5E, V5P, H100 = "v5e:4x4", "v5p:4x4x4", "h100:2x8"
 GIB = {V5E: 16, V5P: 95, H100: 80}  # of a device
+LLAMA = "--data.sequence-length 2048 --model.sequence-length 2048"
+STEP = "--training.compute-dtype bfloat16 --training.remat full --optimizer.name adamw"
+RUNS = {  # name -> target, what is typed besides, GiB of a device that it needs at most
+    "8B on 16 v5e": ("tpu:v5e:4x4", f"--model.name llama3-8b {LLAMA} --training.batch-size 64 --device.fsdp 16", 12),
+    "8B on 16 v6e": ("tpu:v6e:4x4", f"--model.name llama3-8b {LLAMA} --training.batch-size 64 --device.fsdp 16", 31.25),
+    "70B on 256 v5p": (
+        "tpu:v5p:8x8x4",
+        f"--model.name llama3-70b {LLAMA} --training.batch-size 1024 --device.fsdp 256",
+        20,
+    ),
+    "Mixtral 8x7B on 64 v5p": (
+        "tpu:v5p:4x4x4",
+        f"--model.name mixtral-8x7b {LLAMA} --training.batch-size 64 --device.fsdp 8 --device.expert 8",
+        95.74,
+    ),
+    "DiT-XL/2 on 16 v5e": (
+        "tpu:v5e:4x4",
+        "--model.name latent-dit-xl2 --data.source digits --data.cache-latents true --training.batch-size 256 "
+        "--device.fsdp 16",
+        2,
+    ),
+    "8B on 16 H100": ("gpu:h100:2x8", f"--model.name llama3-8b {LLAMA} --training.batch-size 64 --device.fsdp 16", 12),
+    "70B on 1,024 H100": (
+        "gpu:h100:128x8",
+        f"--model.name llama3-70b {LLAMA} --training.batch-size 1024 --device.fsdp 128 --device.tensor 8",
+        8,
+    ),
+}
+
+
+def answer(target, words):
+    """What the command prints about a target, and its exit code."""
+    command = [sys.executable, "-m", "artifex.train", "--dry-run", "--target", target, *words.split(), *STEP.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2_000, check=False)
+    assert done.stdout, done.stderr[-2_000:]
+    return done.stdout, done.returncode
+
+
+@pytest.mark.parametrize(
+    ("target", "words", "most"),
+    [pytest.param(*run, id=name, marks=TPU if "tpu" in run[0] else GPU) for name, run in RUNS.items()],
+)
+def test_a_large_run_fits_a_machine_that_is_not_there(target, words, most):
+    text, code = answer(target, words)
+    needs = re.search(r"^fits: ([\d.]+) GiB of", text, re.MULTILINE)
+    assert code == 0 and needs and float(needs[1]) < most, text
+    assert all(word in text for word in ("optimizer state", "batch", "FLOPs per device", "compiled in", "collectives"))
+
+
+@GPU
+def test_a_run_that_no_gpu_holds_is_answered_with_figures():
+    words = f"--model.name llama3-8b {LLAMA} --training.batch-size 8 --device.data 8"
+    text, code = answer("gpu:h100:1x8", words)
+    # 8.03e9 parameters of 12 bytes, whole on each: 89.75 GiB; eight share them
+    assert code == 1 and "does not fit: parameters and optimizer state take 89.75 GiB on each device" in text
+    assert "--device.fsdp=-1 leaves 11.22 GiB of it on each" in text
+
+
 UNIONS = [
     pytest.param(V5E, "gemma2-2b", "fsdp=4,tensor=4", 16, "all-gather", marks=TPU),
     pytest.param(V5E, "mixtral-8x7b", "fsdp=2,expert=8", 16, "all-to-all", marks=TPU),

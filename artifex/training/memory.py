@@ -8,13 +8,12 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 
 from artifex.scaling.placement import bytes_on_device, size_text
-from artifex.scaling.plan import Plan
-from artifex.training.state import Blueprint, TrainState, blueprint
+from artifex.training.state import Blueprint, TrainState, blueprint, planned
 from artifex.training.step import Batch, Metrics, make_step
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -46,20 +45,29 @@ class CompiledStep:
             raise MemoryError(f"{error}: {needs(self)}{there}; {less}") from error
 
 
-def compile_step(blue: Blueprint, shapes: Shapes) -> CompiledStep:
-    """Trace and compile the step of a blueprint for such batches; none of its memory is allocated.
-
-    Raises `MemoryError` where the compiler finds that it does not fit: a TPU's places all memory.
-    """
+def placed_batch(blue: Blueprint, shapes: Shapes) -> Batch:
+    """A global batch of such shapes, abstract, where the plan has it."""
     batch = {name: jax.ShapeDtypeStruct(*kind) for name, kind in shapes.items()}
     where = blue.batch_sharding(batch)
-    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[name]) for name, x in batch.items()}
-    lowered = make_step(blue).lower(blue.state, batch)
+    placed = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[name]) for name, x in batch.items()}
+    return cast(Batch, placed)
+
+
+def compile_step(blue: Blueprint, shapes: Shapes, *, lowered: Any = None, options: Any = None) -> CompiledStep:
+    """Trace and compile the step of a blueprint for such batches; none of its memory is allocated.
+
+    `lowered`: the step where it is traced and lowered already. `options`: the compiler's own.
+    Raises `MemoryError` where the compiler finds that it does not fit: a TPU's places all memory.
+    """
+    lowered = make_step(blue).lower(blue.state, placed_batch(blue, shapes)) if lowered is None else lowered
     with explained("the training step does not compile into a device's memory"):
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=options)
     used = compiled.memory_analysis()
     if used is None:
         return CompiledStep(compiled, blue, shapes, 0, 0)
+    if blue.execution.platform == "tpu":  # whose temporaries are with its arguments in libtpu 0.0.42, not in 0.0.51
+        whole = used.peak_memory_in_bytes
+        return CompiledStep(compiled, blue, shapes, whole - used.argument_size_in_bytes, whole)
     # not `peak_memory_in_bytes`, which leaves out temporaries on a CPU
     whole = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes
     return CompiledStep(compiled, blue, shapes, used.temp_size_in_bytes, whole)
@@ -114,15 +122,15 @@ def needs(step: CompiledStep) -> str:
     return f"the step needs {size_text(step.whole)} on each device ({state} of state, {own} of its own)"
 
 
-def table(step: CompiledStep) -> list[str]:
-    """What a device holds, a line each."""
+def table(step: CompiledStep, have: int | None) -> list[str]:
+    """What a device holds, a line each, and the `have` bytes that it has (None: unknown)."""
     state = step.blue.state
     parts = [("parameters", state.params), ("optimizer state", state.optimizer)]
     parts += [("buffers", state.buffers), ("average", (state.ema, state.ema_buffers))]
+    parts += [("batch", placed_batch(step.blue, step.shapes))]
     lines = [f"  {name:<17} {size_text(bytes_on_device(part))}" for name, part in parts if jax.tree.leaves(part)]
     lines.append(f"  the step's own    {size_text(step.own)}  (gradients and activations, by XLA)")
     lines.append(f"  in all            {size_text(step.whole)}")
-    have = device_bytes()
     return lines if have is None else [*lines, f"  of                {size_text(have)}"]
 
 
@@ -184,16 +192,8 @@ def _changed(blue: Blueprint, change: Mapping[str, Any]) -> Blueprint | None:
     for key, value in change.items():
         section, field = key.split(".")
         setattr(getattr(config, section), field, value)
-    training = config.training
     try:
-        plan = Plan.from_device(
-            config.device,
-            blue.plan.device_count,
-            remat=training.remat,
-            microbatches=training.gradient_accumulation,
-            batch_size=training.batch_size,
-        )
-        plan.check_batch(training.batch_size)
+        plan = planned(config, blue.plan.device_count)
         return (
             None if plan == blue.plan else blueprint(config, plan, plan.make_mesh(blue.mesh.devices.ravel().tolist()))
         )

@@ -27,6 +27,7 @@ from artifex.training import freezing
 from artifex.training.precision import carried, in_dtype, model_in
 from artifex.training.runner import Result, Runner
 from artifex.training.spill import spilled
+from artifex.training.task import attention_of
 
 BATCH = {
     1: ("batch",),
@@ -178,6 +179,24 @@ class Blueprint:
 def within(tree: Any, part: Any) -> Any:
     """The leaves of nested dicts `tree` at the places that `part` has."""
     return {key: within(tree[key], below) if isinstance(below, dict) else tree[key] for key, below in part.items()}
+
+
+def planned(config: Config, device_count: int) -> Plan:
+    """The plan of a configuration on so many devices, there or not. Raises `ValueError` where they, the batch or the
+    length of its sequences do not fit together."""
+    config.check()
+    how = config.training
+    plan = Plan.from_device(
+        config.device,
+        device_count,
+        remat=how.remat,
+        microbatches=how.gradient_accumulation,
+        batch_size=how.batch_size,
+    )
+    plan.check_batch(how.batch_size)
+    if (attends := attention_of(config)) is not None:
+        plan.check_sequence(**attends)
+    return plan
 
 
 def blueprint(config: Config, plan: Plan, mesh: Mesh) -> Blueprint:
