@@ -57,8 +57,8 @@ plan's shardings.
 What is above 1: attention on several devices computes its scores a second time going backwards, which XLA leaves out on
 one; a stage of a pipeline goes forwards a second time, 4/3, and S - 1 of V M + S - 1 turns are idle, in which a device
 computes for nobody; parts of fewer than 8 positions are filled up to 8; experts that take as many tokens as come count
-as if all came to one device; a head of 257 words, as masked diffusion has, does not divide over tensor devices; and where
-a microbatch has fewer rows than there are devices, several encode the same image of a latent model.
+as if all came to one device; a head of 257 words, as masked diffusion has, does not divide over tensor devices; and of
+a latent model several devices encode the same image where a microbatch has fewer rows than there are devices.
 """
 
 
