@@ -6,14 +6,16 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from artifex.scaling.communication import Communication, communication
 from artifex.scaling.placement import bytes_on_device, size_text
 from artifex.scaling.plan import Plan
+from artifex.training.compiler_log import laid_out_anew
 from artifex.training.state import Blueprint, TrainState, blueprint
 from artifex.training.step import Batch, Metrics, make_step
 
@@ -28,11 +30,12 @@ Shapes = Mapping[str, tuple[tuple[int, ...], Any]]  # of a global batch: name ->
 class CompiledStep:
     """A training step, compiled for batches of `shapes`, and the bytes it takes of each device."""
 
-    compiled: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    compiled: Any  # `jax.stages.Compiled`, or what is compiled when it is called
     blue: Blueprint
     shapes: Shapes
     own: int  # gradients and activations
     whole: int  # with state and batch; 0 on a backend that does not say
+    anew: tuple[str, ...] = ()  # shapes that are laid out anew through all of it on every device
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One step, as of `make_step`. Raises `MemoryError` where it finds less memory than there should be."""
@@ -45,6 +48,14 @@ class CompiledStep:
             less = what_fits(self, int(0.8 * self.whole))
             raise MemoryError(f"{error}: {needs(self)}{there}; {less}") from error
 
+    def sends(self) -> Communication | None:
+        """What it sends; None where the compiler cannot write its program down."""
+        try:
+            text = self.compiled.as_text()
+        except jax.errors.JaxRuntimeError:  # for the largest slices
+            return None
+        return communication(text, self.blue.mesh, self.blue.plan.pipeline and self.blue.plan.pipeline.taken)
+
 
 def compile_step(blue: Blueprint, shapes: Shapes) -> CompiledStep:
     """Trace and compile the step of a blueprint for such batches; none of its memory is allocated.
@@ -55,14 +66,14 @@ def compile_step(blue: Blueprint, shapes: Shapes) -> CompiledStep:
     where = blue.batch_sharding(batch)
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[name]) for name, x in batch.items()}
     lowered = make_step(blue).lower(blue.state, batch)
-    with explained("the training step does not compile into a device's memory"):
+    with explained("the training step does not compile into a device's memory"), laid_out_anew() as anew:
         compiled = lowered.compile()
     used = compiled.memory_analysis()
     if used is None:
-        return CompiledStep(compiled, blue, shapes, 0, 0)
+        return CompiledStep(compiled, blue, shapes, 0, 0, tuple(anew))
     # not `peak_memory_in_bytes`, which leaves out temporaries on a CPU
     whole = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes
-    return CompiledStep(compiled, blue, shapes, used.temp_size_in_bytes, whole)
+    return CompiledStep(compiled, blue, shapes, used.temp_size_in_bytes, whole, tuple(anew))
 
 
 def fitting_step(blue: Blueprint, shapes: Shapes, have: int | None) -> CompiledStep:
@@ -124,6 +135,26 @@ def table(step: CompiledStep) -> list[str]:
     lines.append(f"  in all            {size_text(step.whole)}")
     have = device_bytes()
     return lines if have is None else [*lines, f"  of                {size_text(have)}"]
+
+
+def communication_table(step: CompiledStep) -> list[str]:
+    """What a device sends in a step, a line for each axis and kind; nothing on one device."""
+    if step.blue.mesh.size == 1:
+        return []
+    sends = step.sends()
+    if sends is None:
+        return ["what it sends is not known: the compiler cannot write this program down"]
+    lines = [f"  {line}" for line in str(sends).splitlines()]
+    lines += [f"  {line}" for line in notes(step)]
+    sums = "; a CPU sums where a GPU or a TPU scatters" if step.blue.execution.platform == "cpu" else ""
+    return [f"communication per device and step{sums}:", *lines]
+
+
+def notes(step: CompiledStep) -> list[str]:
+    """What the user should know of how it was compiled."""
+    if not step.anew:
+        return []
+    return [f"laid out anew through all of it on every device, which costs time and memory: {', '.join(step.anew)}"]
 
 
 def what_fits(step: CompiledStep, have: int | None) -> str:
