@@ -7,9 +7,7 @@ is computed here, with the symbols of docs/scaling/communication.md. A number of
 import dataclasses
 import functools
 import math
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ from artifex.training.state import blueprint
 from artifex.training.task import batch_shapes
 
 PAGES = Path(__file__).parents[1] / "docs" / "scaling"
-WARNING = "Involuntary full rematerialization"
 # wide enough for what is not in the formulas, such as a norm's scale, to be less than one in a hundred
 ROWS, TOKENS = 32, 128
 DENSE = {"embed_dim": 256, "num_layers": 4, "num_heads": 8, "num_kv_heads": 4, "mlp_dim": 512, "vocab_size": 1_024}
@@ -69,7 +66,7 @@ class Compiled:
 
     sends: Communication
     plan: Plan
-    warned: bool  # XLA could lay something out anew only by giving every device all of it
+    anew: tuple[str, ...]  # what XLA warned that it lays out anew by giving every device all of it
 
 
 @functools.cache
@@ -78,18 +75,9 @@ def compiled(of: Budget) -> Compiled:
     config = config_of(of)
     plan = plan_of(config, 8)
     blue = blueprint(config, plan, plan.make_mesh())
-    with tempfile.TemporaryFile() as log:
-        # XLA writes past Python's own stderr
-        stderr = os.dup(2)
-        os.dup2(log.fileno(), 2)
-        try:
-            text = compile_step(blue, batch_shapes(config)).compiled.as_text()
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-        log.seek(0)
-        warned = WARNING in log.read().decode()
-    return Compiled(communication(text, blue.mesh, plan.pipeline and plan.pipeline.taken), plan, warned)
+    step = compile_step(blue, batch_shapes(config))
+    sends = communication(step.compiled.as_text(), blue.mesh, plan.pipeline and plan.pipeline.taken)
+    return Compiled(sends, plan, step.anew)
 
 
 def config_of(of: Budget) -> Config:
