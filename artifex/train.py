@@ -185,7 +185,7 @@ def prepare(run: Run) -> Callable[[TrainState, Any], Any] | None:
     Raises `ValueError` for data that make no batch, and `MemoryError` where the step needs more than a device has.
     """
     from artifex.models.attention import recording
-    from artifex.training.memory import device_bytes, fitting_step
+    from artifex.training.memory import device_bytes, fitting_step, notes
 
     for line in [summary(run), *run.notes]:
         run.report.line(line)
@@ -196,8 +196,8 @@ def prepare(run: Run) -> Callable[[TrainState, Any], Any] | None:
     batches.close()
     with run.report.busy("compiling the step"), recording() as attention:
         run_step = fitting_step(run.blue, shapes, device_bytes())
-    if attention:
-        run.report.line(f"attention: {', '.join(sorted(attention))}")
+    for line in [*([f"attention: {', '.join(sorted(attention))}"] if attention else []), *notes(run_step)]:
+        run.report.line(line)
     return run_step
 
 
@@ -354,20 +354,22 @@ def summary(run: Run) -> str:
 
 
 def dry_run(config: Config) -> str:
-    """Parameter count, sharding table and memory per device of a run, as text; trains nothing, reads no data."""
+    """Parameter count, sharding table, memory and communication per device of a run, as text; trains nothing, reads no
+    data."""
     import jax
     from flax import nnx
 
     from artifex.scaling.placement import explain
-    from artifex.training.memory import compile_step, device_bytes, table
+    from artifex.training.memory import communication_table, compile_step, device_bytes, table
     from artifex.training.state import blueprint
     from artifex.training.task import batch_shapes
 
     plan = plan_of(config, jax.device_count())
     blue = blueprint(config, plan, plan.make_mesh())
     abstract = nnx.eval_shape(lambda: config.model.spec().build(nnx.Rngs(0)))
-    memory = table(compile_step(blue, batch_shapes(config)), device_bytes())
-    return "\n".join([str(explain(abstract, plan, plan.sizes)), "", f"plan: {plan}", "memory per device:", *memory])
+    step = compile_step(blue, batch_shapes(config))
+    lines = ["memory per device:", *table(step, device_bytes()), *communication_table(step)]
+    return "\n".join([str(explain(abstract, plan, plan.sizes)), "", f"plan: {plan}", *lines])
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def trained(blue: Blueprint) -> Training:
         np.array(losses),
         gradient,
         jax.device_get(state.params),
-        hlo.flops(step.as_text(), of_ticks(blue)),
+        hlo.flops(step.as_text(), blue.plan.pipeline and blue.plan.pipeline.taken),
         used.argument_size_in_bytes,
         used.temp_size_in_bytes,
         bytes_on_device((blue.state, shapes)),
@@ -192,16 +192,6 @@ def shapes_of(blue: Blueprint, batch: Any) -> Any:
     """The batch without its values, where the plan puts it."""
     where = blue.batch_sharding(batch)
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), batch, where)
-
-
-def of_ticks(blue: Blueprint) -> dict[int, tuple[int, ...]]:
-    """In how many of a pipeline's ticks some device goes forwards, the last one ends a microbatch, some go backwards:
-    the conditionals of a tick."""
-    schedule = blue.plan.pipeline
-    if schedule is None:
-        return {}
-    ways = [sum(any(pair[way] for pair in row) for row in schedule.turns) for way in (0, 1)]
-    return {len(schedule.turns): (ways[0], schedule.microbatches, ways[1])}
 
 
 def first_moment(optimizer: Any) -> Any:

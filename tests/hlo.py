@@ -3,26 +3,12 @@
 XLA's own count takes the body of a loop once. The text is that of one device.
 """
 
-import dataclasses
 import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
 
-INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
-SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """`name = shape opcode(operands), attributes`."""
-
-    name: str
-    shape: str
-    opcode: str
-    operands: tuple[str, ...]
-    rest: str  # attributes; of a constant its value
-    root: bool
+from artifex.scaling.hlo import SHAPE, Instruction, Program, dims
 
 
 def flops(text: str, taken: Mapping[int, Sequence[int]] | None = None) -> float:
@@ -31,30 +17,17 @@ def flops(text: str, taken: Mapping[int, Sequence[int]] | None = None) -> float:
     `taken` says for loops of so many turns in how many of these each conditional of their body, in the order of the
     program, takes that branch.
     """
-    return _Program(text, taken or {}).flops()
+    return _Flops(text, taken or {}).flops()
 
 
-class _Program:
+class _Flops:
     def __init__(self, text: str, taken: Mapping[int, Sequence[int]]) -> None:
         self.taken = taken
-        self.computations: dict[str, dict[str, Instruction]] = {}
-        current: dict[str, Instruction] = {}
-        for line in text.splitlines():
-            line = re.sub(r"/\*.*?\*/", "", line)
-            if line.endswith("{") and " -> " in line:
-                name = line.removeprefix("ENTRY ").lstrip("%").split(" ")[0].split("(")[0]
-                current = self.computations.setdefault(name, {})
-                if line.startswith("ENTRY"):
-                    self.entry = name
-            elif found := INSTRUCTION.match(line):
-                name, shape, opcode, after = found.groups()
-                inside, rest = _closed(after)
-                operands = tuple(re.findall(r"%([\w.-]+)", inside)) if opcode != "constant" else ()
-                rest = inside if opcode in ("constant", "parameter") else rest
-                current[name] = Instruction(name, shape, opcode, operands, rest, line.lstrip().startswith("ROOT"))
+        self.program = Program.of(text)
+        self.computations = self.program.computations
 
     def flops(self) -> float:
-        return self._of(self.entry)
+        return self._of(self.program.entry)
 
     @functools.cache  # noqa: B019 - a program lives as long as its count
     def _of(self, computation: str) -> float:
@@ -66,18 +39,16 @@ class _Program:
         if one.opcode == "convolution":
             return self._convolution(computation, one)
         if one.opcode == "while":
-            return self._loop(self._turns(computation, one), _attribute(one, "body"))
+            body = one.attribute("body")
+            assert body, one
+            return self._loop(self._turns(computation, one), body)
         if one.opcode == "conditional":
-            branches = re.findall(r"(?:true|false)_computation=%?([\w.-]+)", one.rest)
-            listed = re.search(r"branch_computations=\{([^}]*)\}", one.rest)
-            branches += [name.strip().lstrip("%") for name in listed[1].split(",")] if listed else []
-            return max(map(self._of, branches))
+            return max(map(self._of, one.branches))
         if one.opcode in ("fusion", "call", "async-start", "custom-call"):
-            inner = re.search(r"(?:calls|to_apply)=%?([\w.-]+)", one.rest)
             if one.opcode == "custom-call":
                 target = re.search(r'custom_call_target="([^"]*)"', one.rest)
                 assert target and not re.search("dot|matmul|conv", target[1], re.IGNORECASE), one
-            return self._of(inner[1]) if inner else 0.0
+            return self._of(one.called) if one.called else 0.0
         assert one.opcode != "ragged-dot", one
         return 0.0
 
@@ -90,18 +61,18 @@ class _Program:
         return each - sum((turns - times) * self._one(body, one) for times, one in left_out)
 
     def _dims(self, computation: str, name: str) -> list[int]:
-        return _dims(self.computations[computation][name].shape)
+        return dims(self.computations[computation][name].shape)
 
     def _dot(self, computation: str, one: Instruction) -> float:
         left = self._dims(computation, one.operands[0])
         summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)
         ways = math.prod(left[int(dim)] for dim in summed[1].split(",") if dim) if summed else 1
-        return 2.0 * math.prod(_dims(one.shape)) * ways
+        return 2.0 * math.prod(dims(one.shape)) * ways
 
     def _convolution(self, computation: str, one: Instruction) -> float:
         """Without what is multiplied by padding, as XLA counts."""
         left, right = (self._dims(computation, name) for name in one.operands)
-        out = _dims(one.shape)
+        out = dims(one.shape)
         labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest)
         assert labels
         of_left, of_right, of_out = labels.groups()
@@ -125,55 +96,9 @@ class _Program:
         return 2.0 * met * rows * features * out[of_out.index("f")]
 
     def _turns(self, computation: str, loop: Instruction) -> int:
-        """How often a loop that counts up runs. One whose end depends on data counts as running to the end of the
-        longest array that it goes along."""
-        if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
-            return int(known[1])
-        condition = _attribute(loop, "condition")
-        root = next(one for one in self.computations[condition].values() if one.root)
-        counted, end = (self._at_start(computation, loop, condition, name) for name in root.operands[:2])
-        if counted is not None and end is not None:
-            return end - counted
-        lengths = [int(dims.split(",")[0]) for _, dims in SHAPE.findall(loop.shape) if dims]
-        return max(lengths)
-
-    def _at_start(self, computation: str, loop: Instruction, condition: str, name: str) -> int | None:
-        """The number that an instruction of a loop's condition is before the first turn, where the text says it."""
-        one = self.computations[condition][name]
-        if one.opcode == "get-tuple-element":
-            index = int(_attribute(one, "index"))
-            start = self.computations[computation][loop.operands[0]]
-            if start.opcode != "tuple":
-                return None
-            return self._constant(computation, start.operands[index])
-        return self._constant(condition, name)
-
-    def _constant(self, computation: str, name: str) -> int | None:
-        one = self.computations[computation][name]
-        while one.opcode in ("copy", "bitcast", "convert"):
-            one = self.computations[computation][one.operands[0]]
-        if one.opcode != "constant" or not re.fullmatch(r"-?\d+", one.rest.strip()):
-            return None
-        return int(one.rest)
-
-
-def _attribute(one: Instruction, key: str) -> str:
-    found = re.search(rf"\b{key}=%?([\w.-]+)", one.rest)
-    assert found, one
-    return found[1]
-
-
-def _closed(after: str) -> tuple[str, str]:
-    """What stands before the parenthesis that closes, and behind it."""
-    depth = 1
-    for at, letter in enumerate(after):
-        depth += (letter == "(") - (letter == ")")
-        if not depth:
-            return after[:at], after[at + 1 :]
-    raise AssertionError(after)
-
-
-def _dims(shape: str) -> list[int]:
-    found = SHAPE.search(shape)
-    assert found, shape
-    return [int(dim) for dim in found[2].split(",") if dim]
+        """How often a loop runs. One whose end depends on data counts as running to the end of the longest array that
+        it goes along."""
+        turns = self.program.turns(computation, loop)
+        if turns is not None:
+            return turns
+        return max(int(dims.split(",")[0]) for _, dims in SHAPE.findall(loop.shape) if dims)

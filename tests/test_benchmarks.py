@@ -85,32 +85,3 @@ def test_the_training_step_computes_what_bare_jax_and_another_checkout_compute()
 @pytest.mark.slow
 def test_decoding_gives_the_tokens_of_bare_jax():
     assert re.findall(r"(\S+) % of the tokens of bare JAX are ours", run("generate.py")) == ["100.0", "100.0"]
-
-
-def test_bytes_that_devices_send_are_those_of_the_collectives_times_the_loops(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import communication
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import PartitionSpec as P
-
-    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-
-    def body(carry, _):
-        gathered = jax.lax.all_gather(carry, "b")  # 4 parts of 1,024 bytes, to 4 devices
-        exchanged = jax.lax.all_to_all(gathered, "b", 0, 0)
-        passed = jax.lax.ppermute(exchanged[0], "a", [(0, 1), (1, 0)])
-        return jax.lax.psum(passed, ("a", "b")), None
-
-    def looped(x):
-        return jax.lax.scan(body, x, None, length=3)[0]
-
-    program = jax.jit(jax.shard_map(looped, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
-    text = program.lower(jnp.zeros(256, jnp.float32)).compile().as_text()
-    found = communication.collectives(text)
-    assert {each.op: (each.devices, each.times, each.sent) for each in found} == {
-        "all-gather": (4, 3, 3 * 1024),
-        "all-to-all": (4, 3, 3 * 1024),
-        "collective-permute": (1, 3, 1024),
-        "all-reduce": (8, 3, 2 * 7 / 8 * 1024),
-    }

@@ -87,7 +87,7 @@ def test_every_strategy_has_a_page_with_a_command_that_starts_it():
     started = {Path(page).stem: [*options] for page, options in on_a_laptop()}
     assert {"data", "fsdp", "tensor", "expert", "context", "pipeline", "choosing"} <= set(started)
     for page, options in started.items():
-        assert page == "choosing" or f"--device.{page}" in options
+        assert page in ("choosing", "communication") or f"--device.{page}" in options
 
 
 @pytest.mark.parametrize(("page", "options"), on_a_laptop(), ids=lambda value: str(value)[:80])

@@ -56,7 +56,16 @@ def test_the_table_says_which_rule_won_and_why_a_dim_stayed_whole(model):
     assert "embed -> fsdp, mlp -> tensor" in up and up.rstrip().endswith("2 KiB")
     assert "mesh fsdp=2 x tensor=4: 8 devices" in text
     html = placement.explain(model, PLAN, PLAN.sizes)._repr_html_()
-    assert html.count("<tr>") == 12 and "-&gt;" in html
+    assert html.count("<tr>") == 12 + 7 and "-&gt;" in html
+
+
+def test_the_table_has_a_row_for_each_activation_name_that_is_split(model):
+    rows = [line.split("  ") for line in str(placement.explain(model, PLAN, PLAN.sizes)).splitlines()]
+    of = {cells[0].strip(): [cell.strip() for cell in cells if cell][-2:] for cells in rows}
+    assert of["batch"] == ["fsdp", "2"] and of["act_heads"] == of["act_vocab"] == ["tensor", "4"]
+    assert "sequence" not in of
+    alone = placement.explain(model, PLAN, {"fsdp": 1, "tensor": 1})
+    assert alone.activations == () and "split over" not in str(alone)
 
 
 def test_a_weight_without_names_is_refused():

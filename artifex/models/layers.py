@@ -173,9 +173,10 @@ def take_words(table_VD: jax.Array, ids: jax.Array) -> jax.Array:
     are split, on which XLA aborts inside a region that is manual over another axis.
     """
     count = axes.ways(("act_vocab",), table_VD.shape[:1])[0]
-    if count == 1:
-        return take_rows(table_VD, ids)
     names = ("batch", "sequence")[: ids.ndim]
+    if count == 1:
+        lay = functools.partial(axes.shard_as_read, names=names, weight=("vocab", "embed"), shape=table_VD.shape)
+        return lay(take_rows(table_VD, lay(ids)))
     take = local(
         _words_of_part, inputs=[("act_vocab", None), (*names, "act_vocab")], outputs=(*names, "act_vocab", None)
     )

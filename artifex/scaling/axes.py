@@ -342,6 +342,28 @@ def shard(x: jax.Array, *names: str | None, beside: Mapping[str, int] | None = N
     return now.constrain(x, PartitionSpec(*spec[: x.ndim]))
 
 
+def shard_as_read(x: jax.Array, names: Names, weight: Names, shape: Sequence[int]) -> jax.Array:
+    """Constrain what rows of a weight are read by, or those rows, which have one more dim: that lies as the last dim of
+    the weight, the dims before it by `names` over the mesh axes that are left.
+
+    From there to their own layout, and back with their gradient, each device sends its part once. XLA alone would have
+    every device hold the gradient of all rows where further axes split them.
+    """
+    now = layout()
+    if now is None:
+        return x
+    last = resolve(weight, shape, now.rules.params, now.sizes, now.rules.min_weight_size).spec[-1]
+    taken = {last} if isinstance(last, str) else set(last or ())
+    if not taken:
+        return x
+    free = [
+        dataclasses.replace(rule, axes=tuple(axis for axis in rule.axes if axis not in taken))
+        for rule in now.rules.activations
+    ]
+    spec = resolve(names, x.shape[: len(names)], free, now.sizes).spec
+    return now.constrain(x, PartitionSpec(*spec, *[last] * (x.ndim - len(names))))
+
+
 def shard_parameter(x: jax.Array, *names: str | None, whole: Sequence[int] | None = None) -> jax.Array:
     """Constrain a parameter, or its gradient, to the layout that the rules give parameters; see `shard`.
 

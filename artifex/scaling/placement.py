@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from artifex.scaling.axes import Resolution, Rule, Rules, check_mesh, check_names, mesh_sizes, resolve
+from artifex.scaling.names import ACTIVATION_AXES
 
 Tree = Any
 
@@ -101,6 +102,7 @@ class Explanation:
 
     rows: tuple[Row, ...]
     sizes: Mapping[str, int]
+    activations: tuple[tuple[str, tuple[str, ...]], ...] = ()  # a name, and the mesh axes that split it
 
     @property
     def parameters(self) -> int:
@@ -139,6 +141,17 @@ class Explanation:
         used = [any(cells) for cells in zip(*body, strict=True)]
         return [tuple(itertools.compress(row, used)) for row in (head, *body)]
 
+    def splits(self) -> list[tuple[str, ...]]:
+        """Head and rows as text: the dims of activations that are split."""
+        head = ("activation", "what it is", "split over", "ways")
+        return [
+            head,
+            *(
+                (name, ACTIVATION_AXES[name], "+".join(axes), str(math.prod(self.sizes[axis] for axis in axes)))
+                for name, axes in self.activations
+            ),
+        ]
+
     def totals(self) -> list[str]:
         """A line for the mesh, one for each of its axes, one for the whole."""
         mesh = " x ".join(f"{axis}={size}" for axis, size in self.sizes.items())
@@ -157,25 +170,17 @@ class Explanation:
         return lines
 
     def __repr__(self) -> str:
-        table = self.table()
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        head, *body = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
-        rule = "  ".join("-" * width for width in widths)
-        return "\n".join([head, rule, *body, "", *self.totals()])
+        splits = [*_aligned(self.splits()), ""] if self.activations else []
+        return "\n".join([*_aligned(self.table()), "", *splits, *self.totals()])
 
     def _repr_html_(self) -> str:
-        head, *body = self.table()
-
-        def row(cells: tuple[str, ...], tag: str) -> str:
-            style = "text-align:left;font-family:monospace"
-            return "<tr>" + "".join(f'<{tag} style="{style}">{html.escape(cell)}</{tag}>' for cell in cells) + "</tr>"
-
         totals = html.escape("\n".join(self.totals()))
-        return f"<table>{row(head, 'th')}{''.join(row(cells, 'td') for cells in body)}</table><pre>{totals}</pre>"
+        return f"{_html(self.table())}{_html(self.splits()) if self.activations else ''}<pre>{totals}</pre>"
 
 
 def explain(model: nnx.Module | nnx.State, strategy: Any, mesh: Mesh | Mapping[str, int]) -> Explanation:
-    """What `strategy` does to every parameter of `model` on `mesh`, before anything is allocated.
+    """What `strategy` does to every parameter of `model` on `mesh`, before anything is allocated, and which dims of
+    activations it splits where they divide.
 
     `model` may be abstract (`nnx.eval_shape`); `strategy` is `Rules` or anything with `rules` (a strategy, a `Plan`);
     `mesh` is a mesh or just its sizes, `{"data": 4, "model": 2}`. Raises `ValueError` for a rule that names an axis
@@ -190,7 +195,8 @@ def explain(model: nnx.Module | nnx.State, strategy: Any, mesh: Mesh | Mapping[s
         total = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
         share = total // resolution.shard_count(sizes)
         rows.append(Row(path, tuple(leaf.shape), names, resolution, total, share))
-    return Explanation(tuple(rows), sizes)
+    over = ((rule.name, tuple(axis for axis in rule.axes if sizes[axis] > 1)) for rule in rules.activations)
+    return Explanation(tuple(rows), sizes, tuple((name, axes) for name, axes in over if axes))
 
 
 def bytes_on_device(tree: Tree) -> int:
@@ -210,6 +216,21 @@ def size_text(size: float) -> str:
             return f"{size:.4g} {unit}"
         size /= 1024
     return f"{size:.4g} TiB"
+
+
+def _aligned(table: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    head, *body = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+    return [head, "  ".join("-" * width for width in widths), *body]
+
+
+def _html(table: list[tuple[str, ...]]) -> str:
+    def row(cells: tuple[str, ...], tag: str) -> str:
+        style = "text-align:left;font-family:monospace"
+        return "<tr>" + "".join(f'<{tag} style="{style}">{html.escape(cell)}</{tag}>' for cell in cells) + "</tr>"
+
+    head, *body = table
+    return f"<table>{row(head, 'th')}{''.join(row(cells, 'td') for cells in body)}</table>"
 
 
 def _axes(spec: PartitionSpec) -> set[str]:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +99,7 @@ def examine(config: Config, target: Target, say: Callable[..., None]) -> None:
     from artifex.training.memory import (
         CompiledStep,
         check_state,
+        communication_table,
         compile_step,
         device_bytes,
         placed_batch,
@@ -140,7 +141,8 @@ def examine(config: Config, target: Target, say: Callable[..., None]) -> None:
             return
         took = _took(target, lowering, time.perf_counter() - start)
         say(memory="\n".join(["memory per device:", *table(step, have)]), took=took)
-        say(program="\n".join(sent(blue, program_text(step.compiled, target, folder))))
+        if sends := communication_table(step, program_text(step.compiled, target, folder)):
+            say(program="\n".join(sends))
     if have is None or step.whole <= have:
         share = "" if have is None else f" of {size_text(have)}, {step.whole / have:.0%}"
         say(verdict=f"fits: {size_text(step.whole)}{share}" + _simulated(target), fits=True)
@@ -181,14 +183,6 @@ def program_text(compiled: Any, target: Target, folder: str) -> str:
         return compiled.as_text()
     written = sorted(Path(folder).glob("*jit_step*.after_optimizations.txt"))
     return written[-1].read_text(encoding="utf-8") if written else ""
-
-
-def sent(blue: Blueprint, text: str) -> Iterator[str]:
-    """The collectives of the program: lines below the memory."""
-    kinds = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-    counts = {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in kinds}
-    there = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
-    yield f"collectives in the program, a loop's once: {there or ('none' if text else 'not known')}"
 
 
 def refused(error: MemoryError, target: Target) -> str:

@@ -6,13 +6,15 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import jax
 
+from artifex.scaling.communication import Communication, communication
 from artifex.scaling.placement import bytes_on_device, size_text
+from artifex.training.compiler_log import laid_out_anew
 from artifex.training.state import Blueprint, TrainState, blueprint, planned
 from artifex.training.step import Batch, Metrics, make_step
 
@@ -27,11 +29,12 @@ Shapes = Mapping[str, tuple[tuple[int, ...], Any]]  # of a global batch: name ->
 class CompiledStep:
     """A training step, compiled for batches of `shapes`, and the bytes it takes of each device."""
 
-    compiled: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    compiled: Any  # `jax.stages.Compiled`, or what is compiled when it is called
     blue: Blueprint
     shapes: Shapes
     own: int  # gradients and activations
     whole: int  # with state and batch; 0 on a backend that does not say
+    anew: tuple[str, ...] = ()  # shapes that are laid out anew through all of it on every device
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One step, as of `make_step`. Raises `MemoryError` where it finds less memory than there should be."""
@@ -43,6 +46,16 @@ class CompiledStep:
             there = "" if have is None else f", which has {size_text(have)}, perhaps with other programs in it"
             less = what_fits(self, int(0.8 * self.whole))
             raise MemoryError(f"{error}: {needs(self)}{there}; {less}") from error
+
+    def sends(self, text: str | None = None) -> Communication | None:
+        """What it sends; None where the compiler cannot write its program down, and did not on its way, as `text`."""
+        try:
+            text = self.compiled.as_text() if text is None else text
+        except jax.errors.JaxRuntimeError:  # for the largest slices
+            return None
+        if not text:
+            return None
+        return communication(text, self.blue.mesh, self.blue.plan.pipeline and self.blue.plan.pipeline.taken)
 
 
 def placed_batch(blue: Blueprint, shapes: Shapes) -> Batch:
@@ -60,17 +73,17 @@ def compile_step(blue: Blueprint, shapes: Shapes, *, lowered: Any = None, option
     Raises `MemoryError` where the compiler finds that it does not fit: a TPU's places all memory.
     """
     lowered = make_step(blue).lower(blue.state, placed_batch(blue, shapes)) if lowered is None else lowered
-    with explained("the training step does not compile into a device's memory"):
+    with explained("the training step does not compile into a device's memory"), laid_out_anew() as anew:
         compiled = lowered.compile(compiler_options=options)
     used = compiled.memory_analysis()
     if used is None:
-        return CompiledStep(compiled, blue, shapes, 0, 0)
+        return CompiledStep(compiled, blue, shapes, 0, 0, tuple(anew))
     if blue.execution.platform == "tpu":  # whose temporaries are with its arguments in libtpu 0.0.42, not in 0.0.51
         whole = used.peak_memory_in_bytes
-        return CompiledStep(compiled, blue, shapes, whole - used.argument_size_in_bytes, whole)
+        return CompiledStep(compiled, blue, shapes, whole - used.argument_size_in_bytes, whole, tuple(anew))
     # not `peak_memory_in_bytes`, which leaves out temporaries on a CPU
     whole = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes
-    return CompiledStep(compiled, blue, shapes, used.temp_size_in_bytes, whole)
+    return CompiledStep(compiled, blue, shapes, used.temp_size_in_bytes, whole, tuple(anew))
 
 
 def fitting_step(blue: Blueprint, shapes: Shapes, have: int | None) -> CompiledStep:
@@ -132,6 +145,26 @@ def table(step: CompiledStep, have: int | None) -> list[str]:
     lines.append(f"  the step's own    {size_text(step.own)}  (gradients and activations, by XLA)")
     lines.append(f"  in all            {size_text(step.whole)}")
     return lines if have is None else [*lines, f"  of                {size_text(have)}"]
+
+
+def communication_table(step: CompiledStep, text: str | None = None) -> list[str]:
+    """What a device sends in a step, a line for each axis and kind; nothing on one device. `text`: see `sends`."""
+    if step.blue.mesh.size == 1:
+        return []
+    sends = step.sends(text)
+    if sends is None:
+        return ["what it sends is not known: the compiler cannot write this program down"]
+    lines = [f"  {line}" for line in str(sends).splitlines()]
+    lines += [f"  {line}" for line in notes(step)]
+    sums = "; a CPU sums where a GPU or a TPU scatters" if step.blue.execution.platform == "cpu" else ""
+    return [f"communication per device and step{sums}:", *lines]
+
+
+def notes(step: CompiledStep) -> list[str]:
+    """What the user should know of how it was compiled."""
+    if not step.anew:
+        return []
+    return [f"laid out anew through all of it on every device, which costs time and memory: {', '.join(step.anew)}"]
 
 
 def what_fits(step: CompiledStep, have: int | None) -> str:

@@ -94,6 +94,13 @@ class Schedule:
                 grid[tick][turn[1] % self.devices][way] = turn
         return tuple(tuple(tuple(pair) for pair in row) for row in grid)
 
+    @property
+    def taken(self) -> dict[int, tuple[int, int, int]]:
+        """Of so many ticks, in how many some device goes forwards, the last stage ends a microbatch, and some device
+        goes backwards: the conditionals of a tick, in their order."""
+        forwards, backwards = (sum(any(pair[way] for pair in row) for row in self.turns) for way in (0, 1))
+        return {len(self.turns): (forwards, self.microbatches, backwards)}
+
     def sends(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """(sender, receiver) of streams and of gradients; with several stages each, the last device goes on at the
         first."""

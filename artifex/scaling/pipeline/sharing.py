@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from artifex.scaling import axes
+from artifex.scaling.local import local
 
 Tree = Any
 
@@ -43,8 +45,8 @@ class Shared:
         if self.ways == 1:
             return self.total(jax.tree.map(lambda x: jnp.where(last, x, 0), stream)), report
         # every device sends as much, and what the last one sent is taken: the bytes of a reduce-scatter, without a sum
-        parts = lambda x: jax.lax.all_to_all(self._cut(x), self.axis, 1, 1, tiled=True)  # noqa: E731
-        return jax.tree.map(lambda x: _rows(parts(x)[:, -1]), stream), report
+        parts = lambda x: jax.lax.all_to_all(self._cut(x), self.axis, 1, 1, tiled=True)[:, -1]  # noqa: E731
+        return jax.tree.map(_on_parts(parts), stream), report
 
     def counted(self, tree: Tree, index: jax.Array) -> Tree:
         """What counts of each device, so that the sum over devices is that of all rows."""
@@ -56,8 +58,8 @@ class Shared:
         report = self.total(self.counted(report, index))
         if self.ways == 1:
             return stream, report
-        whole = lambda x: jax.lax.all_gather(x, self.axis, axis=1)  # noqa: E731
-        return jax.tree.map(lambda x: whole(x).reshape(-1, *x.shape[1:]), stream), report
+        whole = lambda x: jax.lax.all_gather(x, self.axis, axis=1).reshape(-1, *x.shape[1:])  # noqa: E731
+        return jax.tree.map(_on_parts(whole), stream), report
 
     def total(self, tree: Tree) -> Tree:
         """The sum over all devices, in float32: XLA for CPUs has none of 16 bits where others axes are automatic."""
@@ -65,6 +67,12 @@ class Shared:
 
     def _cut(self, x: jax.Array) -> jax.Array:
         return x.reshape(-1, self.ways, *x.shape[1:])
+
+
+def _on_parts(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """A function of each device's part of a stream: XLA would gather the other axes' parts for an exchange over one."""
+    names = ("batch", "sequence", "hidden")
+    return local(function, inputs=[names], outputs=names)
 
 
 def _rows(x: jax.Array) -> jax.Array:
