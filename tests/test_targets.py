@@ -208,7 +208,10 @@ def test_a_large_run_fits_a_machine_that_is_not_there(target, words, most):
     text, code = answer(target, words)
     needs = re.search(r"^fits: ([\d.]+) GiB of", text, re.MULTILINE)
     assert code == 0 and needs and float(needs[1]) < most, text
-    assert all(word in text for word in ("optimizer state", "batch", "FLOPs per device", "compiled in", "communication per device"))
+    assert all(
+        word in text
+        for word in ("optimizer state", "batch", "FLOPs per device", "compiled in", "communication per device")
+    )
 
 
 @GPU
