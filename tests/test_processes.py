@@ -39,18 +39,20 @@ FSDP_TENSOR = ["--device.fsdp", "4", "--device.tensor", "2"]
 class Together:
     """Processes of one run, started at once; whatever is left of them is ended at the end of the test."""
 
-    def __init__(self, count, devices, words, *, folder, program="train", each=lambda process: [], where=None):
+    def __init__(
+        self, count, devices, words, *, folder, program="train", each=lambda process: [], where=None, env=None
+    ):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        settings = {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        settings |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | (env or {})
         self.processes = []
         for process in range(count):
             meeting = f"--device.coordinator=127.0.0.1:{port} --device.processes={count} --device.process-id={process}"
             command = [sys.executable, "-m", f"artifex.{program}", *words, *meeting.split(), *each(process)]
             cwd = folder if where is None else where(process)
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            path = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-            self.processes.append(subprocess.Popen(command, cwd=cwd, env=env | path, text=True, **pipes))
+            self.processes.append(subprocess.Popen(command, cwd=cwd, env=os.environ | settings, text=True, **pipes))
 
     def __enter__(self):
         return self
@@ -313,10 +315,12 @@ def test_images_are_drawn_and_scored_over_processes(tmp_path):
         "logging": {"every": 1, "progress": False},
     }
     (tmp_path / "c.json").write_text(json.dumps(sections))
-    with Together(2, 4, ["c.json", "--run-dir", "both", "--device.fsdp", "8"], folder=tmp_path) as them:
+    words, optimised = ["c.json", "--run-dir", "both", "--device.fsdp", "8"], {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    with Together(2, 4, words, folder=tmp_path, env=optimised) as them:  # the judge trains for 500 steps
         ended = them.ended(600)
     assert [code for code, _, _ in ended] == [0, 0], ended
-    one = in_one(tmp_path, tmp_path / "one", ["--device.fsdp", "8"])
+    assert "20 samples: " in ended[0][1] and ended[1][1] == ""
+    one = in_one(tmp_path, tmp_path / "one", ["--device.fsdp", "8", "--training.score-images", "0"])
     assert sorted(path.name for path in (one / "samples").iterdir()) == sorted(
         path.name for path in (tmp_path / "both" / "samples").iterdir()
     )

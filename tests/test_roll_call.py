@@ -14,10 +14,14 @@ from artifex.scaling.processes import Start
 from artifex.scaling.roll_call import RollCallError, roll_call
 
 
-@pytest.fixture
-def port() -> int:
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
         return free.getsockname()[1]
+
+
+@pytest.fixture
+def port() -> int:
+    return free_port()
 
 
 def meet(port, *told, wait=5.0, host="127.0.0.1"):
@@ -33,6 +37,18 @@ def meet(port, *told, wait=5.0, host="127.0.0.1"):
 
     with ThreadPoolExecutor(len(told)) as pool:
         return list(pool.map(lambda how: one(*how), told))
+
+
+def beside_another_program(port, greeting, told):
+    """What a process says where another program has the port and greets who comes."""
+    with socket.create_server(("127.0.0.1", port)) as server, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(meet, port, told)
+        if told[0]:
+            peer, _ = server.accept()
+            with peer:
+                peer.recv(100)
+                peer.sendall(greeting)
+        return waiting.result()[0]
 
 
 SEED = {"training.seed": 0, "run-dir": "runs/a"}
@@ -69,22 +85,14 @@ def test_without_process_0_the_others_say_where_they_looked(port):
 
 
 def test_a_port_that_is_taken_is_named_at_once(port):
-    with socket.create_server(("127.0.0.1", port)):
-        began = time.monotonic()
-        (said,) = meet(port, (0, 2, SEED))
+    began = time.monotonic()
+    said = beside_another_program(port, b"", (0, 2, SEED))
     assert time.monotonic() - began < 1
     assert said.startswith(f"port {port} of --device.coordinator 127.0.0.1:{port} is in use on this machine")
 
 
 def test_another_program_at_the_address_is_no_process_0(port):
-    with socket.create_server(("127.0.0.1", port)) as server:
-        pool = ThreadPoolExecutor(1)
-        waiting = pool.submit(meet, port, (1, 2, SEED))
-        peer, _ = server.accept()
-        with peer:
-            peer.recv(100)
-            peer.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
-        (said,) = waiting.result()
+    said = beside_another_program(port, b"SSH-2.0-OpenSSH_9.6\r\n", (1, 2, SEED))
     assert "what answers there is another program" in said
 
 

@@ -25,6 +25,7 @@ LONG = 24 * 3600  # seconds; a process that died is found by its missing heartbe
 GRACE = 2.0  # seconds that a process has to end by an error of its own before that of another ends it
 _FAILED = "artifex/failed"
 Given = ParamSpec("Given")
+_leaving = threading.Event()
 _words = itertools.count()  # alike in all processes, for all ask the same in the same order
 
 
@@ -158,7 +159,10 @@ def check_alike(what: str, value: str) -> None:
     """Raise `ValueError` on every process where `value` is not the same on all."""
     for process, other in enumerate(said := all_say(value)):
         if other != said[0]:
-            raise ValueError(f"process {process} has another {what} than process 0: {other} there and {said[0]} here")
+            raise ValueError(
+                f"process {process} has another {what} than process 0: {other} there and {said[0]} here; give all the "
+                "same"
+            )
 
 
 def by_first(function: Callable[Given, None]) -> Callable[Given, None]:
@@ -212,6 +216,7 @@ def _leave(error: BaseException) -> None:
     """End this process by `error`, after the others were told."""
     import jax
 
+    _leaving.set()
     code = error.code if isinstance(error, SystemExit) else 1
     if not isinstance(error, SystemExit):
         sys.excepthook(type(error), error, error.__traceback__)
@@ -231,7 +236,8 @@ def _watch() -> None:
     if failed is None or failed[0] == jax.process_index():
         return
     process, said, code = failed
-    time.sleep(GRACE)
+    if _leaving.wait(GRACE):  # ends by an error of its own
+        return
     print(f"error: process {process} has ended: {said}", file=sys.stderr)
     time.sleep(is_first())  # as in `_leave`
     _exit(code)
