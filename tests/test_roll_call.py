@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from artifex.cli import parse_train
+from artifex.scaling import processes
 from artifex.scaling import roll_call as calls
 from artifex.scaling.processes import Start
 from artifex.scaling.roll_call import RollCallError, roll_call
@@ -184,3 +185,31 @@ def test_options_that_do_not_fit_are_refused_in_one_line(words, says, capsys):
         parse_train([f"--device.{word}" for word in words])
     err = capsys.readouterr().err
     assert ended.value.code == 2 and says in err and err.count("\n") == 1
+
+
+SLURM = {"JOB_ID": "7", "STEP_NODELIST": "node[003-006]", "NTASKS": "4", "PROCID": "2", "LOCALID": "0"}
+
+
+def test_slurm_is_detected_unless_it_is_not_to_be(monkeypatch):
+    met = []
+    monkeypatch.setattr(processes, "roll_call", lambda *told: met.append(told) or exit())
+    for name, value in SLURM.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    processes.start(Start("off"), {})
+    assert met == []
+    for how in ("auto", "on"):
+        with pytest.raises(SystemExit):
+            processes.start(Start(how, wait=9), {"seed": 0})
+    assert met == [("node003:61447", 4, 2, {"seed": 0}, 9)] * 2  # 65536 - 4096 + 7
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    processes.start(Start("on"), {})
+    assert len(met) == 2
+
+
+def test_without_a_cluster_a_process_is_alone_or_says_what_it_lacks(monkeypatch):
+    processes.start(Start(), {})
+    with pytest.raises(ValueError, match=r"--device\.distributed is on, but JAX detects neither SLURM, OpenMPI, Kube"):
+        processes.start(Start("on"), {})
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "10.0.0.1:1234")
+    with pytest.raises(ValueError, match="JAX_COORDINATOR_ADDRESS is set, but JAX detects neither SLURM, OpenMPI, Ku"):
+        processes.start(Start(), {})

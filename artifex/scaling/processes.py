@@ -113,10 +113,11 @@ def _detected(how: Start) -> tuple[str | None, int | None, int | None]:
             f"JAX detects a cluster here and cannot read it: {error}; give --device.coordinator, --device.processes "
             "and --device.process-id, or --device.distributed off to train in this process alone"
         ) from error
-    if how.distributed == "on" and None in found[:3]:
+    if None in found[:3] and (how.distributed == "on" or found[:3] != (None, None, None)):
+        on = "--device.distributed is on" if how.distributed == "on" else "JAX_COORDINATOR_ADDRESS is set"
         raise ValueError(
-            "--device.distributed is on, but JAX detects neither SLURM, OpenMPI, Kubernetes nor a TPU pod; give "
-            "--device.coordinator, --device.processes and --device.process-id"
+            f"{on}, but JAX detects neither SLURM, OpenMPI, Kubernetes nor a TPU pod; give --device.coordinator, "
+            "--device.processes and --device.process-id"
         )
     return found[:3]
 
@@ -136,18 +137,21 @@ def is_first() -> bool:
 
 
 def all_say(value: Any) -> list[Any]:
-    """What each process says, a JSON value, in their order. Returns when all have said theirs."""
+    """What each process says, a JSON value, in their order; None is to say nothing, and costs no process anything.
+    Returns when all have come to this."""
     import jax
 
     if jax.process_count() == 1:
         return [value]
     store, word = _store(), f"artifex/{next(_words)}/"
-    store.key_value_set(f"{word}{jax.process_index()}", json.dumps(value))
+    if value is not None:
+        store.key_value_set(f"{word}{jax.process_index()}", json.dumps(value))
     store.wait_at_barrier("artifex/said", LONG * 1000)
     said = {key: json.loads(text) for key, text in store.key_value_dir_get(word)}
     store.wait_at_barrier("artifex/heard", LONG * 1000)
-    store.key_value_delete(f"{word}{jax.process_index()}")
-    return [said[f"{word}{process}"] for process in range(jax.process_count())]
+    if value is not None:
+        store.key_value_delete(f"{word}{jax.process_index()}")
+    return [said.get(f"{word}{process}") for process in range(jax.process_count())]
 
 
 def first_says(value: Any) -> Any:

@@ -16,6 +16,7 @@ from artifex.data.classes import save_classes
 from artifex.data.image_batches import ImageBatches, all_images, image_validation_batches
 from artifex.data.images import ImageCorpus, load_images, only_classes
 from artifex.evaluation.grids import pairs_grid, save_grid
+from artifex.scaling.execution import Execution, execution
 from artifex.scaling.processes import by_first, fetched, is_first
 from artifex.training.run_folder import RunFolder
 from artifex.training.task import Batch, Metrics, Score
@@ -180,12 +181,13 @@ class ImageTask:
             made.append(("reconstruction_", fetched(model.reconstruct(images)), None))
         if not is_first():  # the others have done their part of what was drawn
             return {}
-        classifier = judge(self.corpus)
-        return {
-            f"{of}{name}": value
-            for of, these, labelled in made
-            for name, value in score_samples(self.corpus, these, labelled, classifier=classifier).items()
-        }
+        with execution(Execution()):  # on a device of its own: on the run's mesh it would wait for the other processes
+            classifier = judge(self.corpus)
+            return {
+                f"{of}{name}": value
+                for of, these, labelled in made
+                for name, value in score_samples(self.corpus, these, labelled, classifier=classifier).items()
+            }
 
     def _labels(self, model: Any, count: int) -> np.ndarray | None:
         classes = model.cfg.num_classes
