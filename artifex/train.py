@@ -207,6 +207,7 @@ def prepare(run: Run) -> Callable[[TrainState, Any], Any] | None:
     batches.close()
     with run.report.busy("compiling the step"), recording() as attention:
         run_step = fitting_step(run.blue, shapes, device_bytes())
+        processes.all_say(None)  # gloo waits 30 s for a process that still compiles
     if attention:
         run.report.line(f"attention: {', '.join(sorted(attention))}")
     return run_step

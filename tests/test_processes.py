@@ -42,6 +42,7 @@ class Together:
     def __init__(
         self, count, devices, words, *, folder, program="train", each=lambda process: [], where=None, env=None
     ):
+        begin = ["-c", program] if "\n" in program else ["-m", f"artifex.{program}"]
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         settings = {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -49,7 +50,7 @@ class Together:
         self.processes = []
         for process in range(count):
             meeting = f"--device.coordinator=127.0.0.1:{port} --device.processes={count} --device.process-id={process}"
-            command = [sys.executable, "-m", f"artifex.{program}", *words, *meeting.split(), *each(process)]
+            command = [sys.executable, *begin, *words, *meeting.split(), *each(process)]
             cwd = folder if where is None else where(process)
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
             self.processes.append(subprocess.Popen(command, cwd=cwd, env=os.environ | settings, text=True, **pipes))
@@ -171,30 +172,48 @@ def test_a_folder_that_another_process_does_not_see_is_an_error_on_all(tmp_path,
 
 # ---- longer
 
-PIPELINE = ["--device.pipeline", "2", "--device.schedule", "1f1b", "--device.microbatches", "4"]
+PIPELINE = ["--device.pipeline", "2", "--device.microbatches", "4"]
 MIXTURE = ["--model.name", "moe-nano", "--model.mlp-dim", "none", "--model.expert-mlp-dim", "32"]
-UNIONS = {
-    "data": (2, ["--device.data", "8"]),
-    "zero 2": (4, ["--device.data", "8", "--device.zero", "2"]),
-    "fsdp": (4, ["--device.fsdp", "8"]),
-    "tensor": (4, ["--device.tensor", "8", "--model.num-kv-heads", "8"]),
-    "context, by a ring": (4, ["--device.context", "4", "--device.data", "2"]),
-    "context, by exchange": (2, ["--device.context", "4", "--device.fsdp", "2", "--device.context-attention=ulysses"]),
-    "expert": (4, ["--device.expert", "4", "--device.fsdp", "2", *MIXTURE]),
-    "pipeline": (4, [*PIPELINE, "--device.fsdp", "2", "--device.tensor", "2"]),
-    "pipeline, two processes": (2, [*PIPELINE, "--device.data", "4"]),
+UNIONS = {  # four processes of two devices: what an axis of more than two divides lies in several of them
+    "data": ["--device.data", "8"],
+    "zero 2": ["--device.data", "8", "--device.zero", "2"],
+    "fsdp": ["--device.fsdp", "8"],
+    "tensor": ["--device.tensor", "8", "--model.num-kv-heads", "8"],
+    "context, by a ring": ["--device.context", "4", "--device.data", "2"],
+    "context, by exchange": ["--device.context", "4", "--device.fsdp", "2", "--device.context-attention", "ulysses"],
+    "expert": ["--device.expert", "4", "--device.fsdp", "2", *MIXTURE],
+    "pipeline": ["--device.pipeline", "4", "--device.microbatches", "4", "--device.data", "2"],
+    "pipeline x fsdp x tensor": [*PIPELINE, "--device.fsdp", "2", "--device.tensor", "2"],
 }
+SHORT = ["--training.steps", "3", "--training.validate-every", "0", "--training.sample-tokens", "0"]
+ONE_AFTER_THE_OTHER = """
+import json, sys
+from artifex import train
+from artifex.cli import parse_train
+from artifex.scaling import processes
+
+runs = json.loads(sys.argv[1])
+processes.start(parse_train(sys.argv[2:]).start, {"runs": runs})
+with processes.ending_together():
+    for name, words in runs.items():
+        train.train(parse_train(["c.json", *words]).config, name)
+"""
+
+
+@pytest.fixture(scope="module")
+def unions(folder):
+    """The run of each union by the same four processes."""
+    runs = json.dumps({f"unions/{name}": [*words, *SHORT] for name, words in UNIONS.items()})
+    with Together(4, 2, [runs], folder=folder, program=ONE_AFTER_THE_OTHER) as them:
+        ended = them.ended(1800)
+    assert [code for code, _, _ in ended] == [0] * 4, ended
+    return folder / "unions"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("union", UNIONS)
-def test_a_union_over_processes_has_the_losses_of_one_process(union, folder, tmp_path):
-    count, words = UNIONS[union]
-    words = [*words, "--training.steps", "4"]
-    with Together(count, 8 // count, ["c.json", "--run-dir", str(tmp_path / "all"), *words], folder=folder) as them:
-        ended = them.ended(600)
-    assert [code for code, _, _ in ended] == [0] * count, ended
-    close(losses(tmp_path / "all"), losses(in_one(folder, tmp_path / "one", words)))
+def test_a_union_over_processes_has_the_losses_of_one_process(union, unions, folder, tmp_path):
+    close(losses(unions / union), losses(in_one(folder, tmp_path / "one", [*UNIONS[union], *SHORT])))
 
 
 @pytest.mark.slow

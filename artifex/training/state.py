@@ -176,8 +176,8 @@ class Blueprint:
 
     @property
     def part(self) -> tuple[int, int]:
-        """(p, P): this process's devices hold the rows [p B/P, (p+1) B/P) of a batch of B, or more of them: (0, 1) is
-        all, also where theirs do not follow each other."""
+        """(p, P): of a batch of B rows this process's devices hold [p B/P, (p+1) B/P). (0, 1), the whole batch, where
+        they hold all of it, or rows that do not follow each other."""
         rows = self.config.training.batch_size
         sharding = self.batch_sharding({"rows": jax.ShapeDtypeStruct((rows,), jnp.int32)})["rows"]
         spans = {index.indices(rows)[:2] for (index,) in sharding.addressable_devices_indices_map((rows,)).values()}
@@ -190,7 +190,7 @@ class Blueprint:
     def placed(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """The `part` of a batch that this process made as the global arrays, split as the plan says."""
         p, P = self.part
-        if P == 1 and jax.process_count() == 1:
+        if jax.process_count() == 1:
             return jax.device_put(batch, self.batch_sharding(batch))
         whole = {
             name: jax.ShapeDtypeStruct((P * len(value), *value.shape[1:]), value.dtype) for name, value in batch.items()
