@@ -78,9 +78,9 @@ def losses(run) -> dict[tuple[int, str], float]:
     return found
 
 
-def close(some, others):
+def close(some, others, within=1e-6):
     assert some.keys() == others.keys()
-    assert max(abs(some[key] / others[key] - 1) for key in some) < 1e-6
+    assert max(abs(some[key] / others[key] - 1) for key in some) < within
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,8 @@ def unions(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("union", UNIONS)
 def test_a_union_over_processes_has_the_losses_of_one_process(union, unions, folder, tmp_path):
-    close(losses(unions / union), losses(in_one(folder, tmp_path / "one", [*UNIONS[union], *SHORT])))
+    one = in_one(folder, tmp_path / "one", [*UNIONS[union], *SHORT])
+    close(losses(unions / union), losses(one), within=5e-6)  # tensor over four processes: 2.5e-6; data, fsdp: 1e-7
 
 
 @pytest.mark.slow
