@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import importlib.metadata
 import inspect
 import math
 import os
+import platform
 import re
 import shutil
 import sys
@@ -22,10 +24,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import artifex
 from artifex import models
 from artifex.config import Config, sections
 from artifex.config_io import ConfigError, nearest, one_line, read_mapping, scalar
 from artifex.config_model import ModelConfig, field_types
+from artifex.config_section import checked
+from artifex.scaling.processes import Start
 from artifex.scaling.targets import Target
 
 SOURCE = "command line"
@@ -61,6 +66,13 @@ class TrainCommand:
     start_anew: bool = False
     target: Target | None = None
     time_limit: float = TIME_LIMIT
+    start: Start = dataclasses.field(default_factory=Start)
+
+    def asks(self) -> dict[str, Any]:
+        """What it was asked for, by name: what the processes of one run must be asked for alike."""
+        told = {"run-dir": str(self.run_dir), "start-anew": self.start_anew, "dry-run": self.dry_run}
+        fields = {option.flag: value_of(self.config, option) for option in options(self.config.model.name)}
+        return told | {flag.lstrip("-"): value for flag, value in fields.items()} | versions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,9 +152,17 @@ def parse_train(argv: list[str] | None = None) -> TrainCommand:
         if not run_dir:
             raise ConfigError("--run-dir is empty; name a folder", source=SOURCE)
         target, limit = _target(given, dry_run=flags["--dry-run"])
+        start = start_of({flag: given.pop(flag) for flag in [*given] if flag in START})
         config = _resolve(values, given, known, file)
         return TrainCommand(
-            config, Path(run_dir), flags["--print-config"], flags["--dry-run"], flags["--start-anew"], target, limit
+            config,
+            Path(run_dir),
+            print_config=flags["--print-config"],
+            dry_run=flags["--dry-run"],
+            start_anew=flags["--start-anew"],
+            target=target,
+            time_limit=limit,
+            start=start,
         )
 
 
@@ -157,6 +177,21 @@ def _target(given: dict[str, list[str]], *, dry_run: bool) -> tuple[Target | Non
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
         raise ConfigError(f"--time-limit is {' '.join(limit or [])!r}; expected seconds above 0", source=SOURCE)
     return None if name is None else Target.parse(" ".join(name)), float(seconds)
+
+
+def start_of(given: Mapping[str, list[str]]) -> Start:
+    """How processes meet, by the options of `START` that were given, as words."""
+    values = {}
+    for flag, words in given.items():
+        option = START[flag]
+        values[option.key[-1]] = checked(_value(option, words), option.annotation, option.key)
+    return Start(**values)
+
+
+def versions() -> dict[str, str]:
+    """What computes a run, by name: other versions may compute it otherwise."""
+    others = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
+    return {"artifex": artifex.__version__, "python": platform.python_version(), **others}
 
 
 def options(model_name: str) -> list[Option]:
@@ -219,6 +254,11 @@ def format_help(config: Config, known: list[Option]) -> str:
     lines += _entry("--run-dir PATH", f"folder of the run; one that is there already goes on ({default})", width)
     for flag, what in (*VALUES.items(), *FLAGS.items()):
         lines += _entry(flag, what, width)
+    for option in START.values():
+        default = getattr(Start(), option.key[-1])
+        lines += _entry(
+            f"{option.flag} {kind_of(option.annotation)}", f"{option.help} (default: {text_of(default)})", width
+        )
     section = ""
     for option in known:
         if len(option.key) > 1 and option.key[0] != section:
@@ -289,9 +329,8 @@ def _resolve(values: Mapping[str, Any], given: Mapping[str, list[str]], known: l
     merged = copy.deepcopy(dict(values))
     for flag, words in given.items():
         if flag not in by_flag:
-            near = nearest(
-                flag.lstrip("-"), [name[2:] for name in (*by_flag, *FLAGS, "--run-dir", "--target", "--time-limit")]
-            )
+            others = (*FLAGS, *START, *(flag.split()[0] for flag in VALUES), "--run-dir")
+            near = nearest(flag.lstrip("-"), [name[2:] for name in (*by_flag, *others)])
             hint = f"did you mean --{near}?" if near else f"{PROGRAM} --help lists the options"
             raise ConfigError(f"{flag} is unknown; {hint}", source=SOURCE)
         option = by_flag[flag]
@@ -335,3 +374,7 @@ def _members(annotation: Any) -> list[Any]:
     if origin in (typing.Union, types.UnionType):
         return [member for part in inner for member in _members(part)]
     return [annotation]
+
+
+START = {option.flag: option for option in fields_of(Start(), ("device",))}
+"""The options that say how processes meet. They are no fields of a configuration: each process has its own."""

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from artifex.cli import fail, program, user_errors
+from artifex.cli import START, fail, program, start_of, user_errors, versions
 from artifex.data.classes import find_class, load_classes
+from artifex.scaling import processes
 from artifex.scaling.manifest import CheckpointError
 from artifex.training.signals import ending_at_once
 
@@ -26,16 +27,23 @@ def main(argv: list[str] | None = None) -> None:
     """The command line. Exits with 2 and one line for anything the user can mend, with 1 for a damaged checkpoint."""
     with program(), ending_at_once():
         args = _parser().parse_args(argv)
-        try:
-            with user_errors():
-                _draw(args)
-        except CheckpointError as error:
-            fail(str(error), code=1)
+        with user_errors():
+            meeting = {flag: [value] for flag in START if (value := vars(args).pop(flag)) is not None}
+            asks = {name: value and str(value) for name, value in vars(args).items()}
+            processes.start(start_of(meeting), asks | versions())
+        with processes.ending_together():
+            try:
+                with user_errors():
+                    _draw(args)
+            except CheckpointError as error:
+                fail(str(error), code=1)
 
 
 def _draw(args: argparse.Namespace) -> None:
     from artifex.training.memory import explained
 
+    if processes.count() > 1 and args.mesh is None:
+        raise ValueError(f"{processes.count()} processes draw on all their devices together; give --mesh, as in fsdp=8")
     with explained("out of memory; draw fewer at once with --num-samples"):
         loaded = load_to_run(args.path, args.step, mesh=args.mesh and _sizes(args.mesh))
         cfg, given = loaded.model.cfg, {name: value for name, value in vars(args).items() if value is not None}
@@ -49,8 +57,9 @@ def _draw(args: argparse.Namespace) -> None:
             texts = loaded.run(lambda model: continuations(args.path, model, prompt, **how))
         else:
             names = load_classes(args.path, cfg.num_classes)
-            print(loaded.run(lambda model: picture(model, names=names, **how)))
-            return
+            texts = [loaded.run(lambda model: picture(model, names=names, **how))]
+    if not processes.is_first():
+        return
     for index, text in enumerate(texts):
         if len(texts) > 1:
             print(f"--- sample {index + 1} of {len(texts)}")
@@ -81,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     images.add_argument("--steps", type=int, help="sampling steps (default: the model's)")
     images.add_argument("--sampler", help="ddpm, ddim, euler, heun or dpm_solver_pp_2m (default: the model's)")
     images.add_argument("--out", type=Path, help="the .png to write (default: samples.png)")
+    together = parser.add_argument_group("several processes, as in training")
+    for flag, option in START.items():
+        together.add_argument(flag, dest=flag, help=option.help)
     parser.error = fail  # one line, as everywhere
     return parser
 
@@ -144,7 +156,7 @@ def continuations(
         top_k=top_k,
         top_p=top_p,
     )
-    return [prompt + tokenizer.decode(row) for row in jax.device_get(drawn)]
+    return [prompt + tokenizer.decode(row) for row in processes.fetched(drawn)]
 
 
 def picture(
@@ -177,7 +189,7 @@ def picture(
         chosen = [find_class(str(label), names) for label in labels] if names else []
     images, numbers = rows_of(model, chosen, num_samples, seed, **how)
     rows = None if numbers is None else [names[number] for number in numbers]
-    save_grid(images, out, columns=num_samples if rows else None, row_labels=rows)
+    processes.by_first(save_grid)(images, out, columns=num_samples if rows else None, row_labels=rows)
     what = f", one row for each of {len(rows)} classes" if rows else ""
     return f"{out}: {len(images)} images{what}"
 
@@ -198,11 +210,11 @@ def rows_of(
     if not model.cfg.num_classes:
         if labels is not None:
             raise ValueError("--labels does not apply: the model has no classes; leave it out")
-        return np.asarray(model.sample(jax.random.key(seed), count=columns, **how)), None
+        return processes.fetched(model.sample(jax.random.key(seed), count=columns, **how)), None
     chosen = list(range(model.cfg.num_classes)) if labels is None else labels
     each = np.repeat(np.asarray(chosen, np.int32), columns)
     images = model.sample(jax.random.key(seed), count=len(each), labels=each, **how)
-    return np.asarray(images), chosen
+    return processes.fetched(images), chosen
 
 
 def load(path: str | Path, step: int | None = None) -> Any:

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from artifex.data import DataError
+from artifex.scaling import processes
 from artifex.scaling.manifest import CheckpointError
 from artifex.training.signals import Stopped, ending_at_once, stop_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import jax
 
     from artifex.config import Config
     from artifex.scaling.checkpoints import Checkpoints
@@ -42,7 +41,8 @@ def main(argv: list[str] | None = None) -> None:
         command = parse_train(argv)
         if command.print_config:
             print(command.config.to_yaml(), end="")
-        elif command.target is not None:
+            return
+        if command.target is not None:
             from artifex.training.for_target import ask
 
             with user_errors():
@@ -50,10 +50,16 @@ def main(argv: list[str] | None = None) -> None:
             print(answer.text)
             if not answer.fits:
                 raise SystemExit(1)
-        elif command.dry_run:
-            with user_errors():
-                print(dry_run(command.config))
-        else:
+            return
+        with user_errors():
+            processes.start(command.start, command.asks())
+        with processes.ending_together():
+            if command.dry_run:
+                with user_errors():
+                    text = dry_run(command.config)
+                if processes.is_first():
+                    print(text)
+                return
             try:
                 with user_errors():
                     run = open_run(command.config, command.run_dir, start_anew=command.start_anew)
@@ -126,6 +132,7 @@ def open_run(config: Config, run_dir: str | Path, *, start_anew: bool = False) -
         check_start(config)
     # data: read before anything is built, so that a wrong path costs nothing
     task = open_task(config, folder)
+    processes.check_alike("data set", task.corpus.fingerprint)
     # abstract model -> placement
     blue = blueprint(config, plan, mesh)
     check_state(blue, device_bytes())
@@ -134,9 +141,10 @@ def open_run(config: Config, run_dir: str | Path, *, start_anew: bool = False) -
     with explained("out of memory while the state was made or restored"):
         state, start, notes = begin(blue, checkpoints, task, start_anew)
     # how latents are scaled is part of what is trained: measured once, and kept with the configuration
-    blue, latents = (blue, []) if folder.config.exists() else settle(blue, state, task.corpus)
+    known = processes.first_says(folder.config.exists())
+    blue, latents = (blue, []) if known else settle(blue, state, task.corpus)
     notes = [*task.corpus.changes, *(f"changed since it was saved: {change}" for change in changes), *latents, *notes]
-    report = Report(start, config.training.steps, bar=config.logging.progress)
+    report = Report(start, config.training.steps, bar=config.logging.progress, quiet=not processes.is_first())
     if config.data.cache_latents:
         with report.busy("encoding every image"):
             task = with_latents(task, blue, state, folder)
@@ -191,11 +199,12 @@ def prepare(run: Run) -> Callable[[TrainState, Any], Any] | None:
         run.report.line(line)
     if run.start >= run.config.training.steps:
         return None
-    batches = run.task.batches(run.start)
-    shapes = {name: (x.shape, x.dtype) for name, x in place(run.blue, next(batches)).items()}
+    batches = run.task.batches(run.start, run.blue.part)
+    shapes = {name: (x.shape, x.dtype) for name, x in run.blue.placed(next(batches)).items()}
     batches.close()
     with run.report.busy("compiling the step"), recording() as attention:
         run_step = fitting_step(run.blue, shapes, device_bytes())
+        processes.all_say(None)  # gloo waits 30 s for a process that still compiles
     for line in [*([f"attention: {', '.join(sorted(attention))}"] if attention else []), *notes(run_step)]:
         run.report.line(line)
     return run_step
@@ -209,12 +218,12 @@ def run_steps(run: Run, run_step: Callable[[TrainState, Any], Any] | None) -> Pa
     from artifex.training.memory import explained
     from artifex.training.meter import Meter
 
-    steps = run.config.training.steps
+    steps, finished = run.config.training.steps, processes.first_says(run.folder.is_finished())
     meter = Meter(run.config, run.task, run.folder, run.report)
     with run.checkpoints, run.report, explained("out of memory; what is saved stays"):
         if run_step is not None:
             finish(run, fit(run, run_step, meter), meter)
-        elif run.start == steps and not run.folder.is_finished():
+        elif run.start == steps and not finished:
             run.report.line(f"all {steps} steps are done; makes what is missing")
             run.folder.keep_metrics_up_to(steps)
             finish(run, run.state, meter)
@@ -228,14 +237,15 @@ def fit(run: Run, run_step: Callable[[TrainState, Any], Any], meter: Meter) -> T
     """The (data, step) loop. Returns the last state; raises `Stopped` where a signal ended the loop before it."""
     config, blue, task = run.config, run.blue, run.task
     cfg, every = config.training, config.checkpoint.every
-    batches = task.batches(run.start)
+    batches = task.batches(run.start, blue.part)
     validate, state, step, saved = make_validate(run), run.state, run.start, run.start
-    with stop_signals() as stop:
+    stop = None  # the signal that ends the run
+    with stop_signals() as seen:
         # what the weights are worth before they are trained on
         before = validate(state, final=True) if step == 0 and cfg.start_from is not None else None
-        while step < cfg.steps and not (stop and saved == step):
+        while step < cfg.steps and not (saved == step and (stop := ended_by(seen, step, config.logging.every))):
             asked = time.perf_counter()
-            batch = place(blue, next(batches))
+            batch = blue.placed(next(batches))
             meter.waited(time.perf_counter() - asked)
             state, metrics = run_step(state, batch)
             step += 1
@@ -243,6 +253,7 @@ def fit(run: Run, run_step: Callable[[TrainState, Any], Any], meter: Meter) -> T
                 begin_folder(run, metrics)
                 if before is not None:
                     meter.validated(0, *before)
+            stop = ended_by(seen, step, config.logging.every)
             # one step late: while Python reads the last step's metrics the device is busy with this one
             meter.read_late(step, metrics)
             if step < cfg.steps and cfg.validate_every and step % cfg.validate_every == 0:
@@ -262,9 +273,17 @@ def fit(run: Run, run_step: Callable[[TrainState, Any], Any], meter: Meter) -> T
         run.checkpoints.wait()
     if stop:
         where = f"at step {step}, which is saved" if step > run.start else "before the first step"
-        run.report.line(f"stopped by {stop[0]} {where}; the same command goes on")
-        raise Stopped(stop[0])
+        run.report.line(f"stopped by {stop} {where}; the same command goes on")
+        raise Stopped(stop)
     return state
+
+
+def ended_by(seen: list[str], step: int, every: int) -> str | None:
+    """The signal by which the run ends at this step: of one process what it has `seen`; of several what any of them
+    has, which they ask each other every so many steps."""
+    if processes.count() > 1 and step % every:
+        return None
+    return next((name for name in processes.all_say(seen[0] if seen else None) if name), None)
 
 
 def begin_folder(run: Run, metrics: Any) -> None:
@@ -275,16 +294,7 @@ def begin_folder(run: Run, metrics: Any) -> None:
     run.checkpoints.set_aside(run.start + 1)
     run.folder.begin(run.config, run.start)
     run.task.save_beside(run.folder.path)
-
-
-def place(blue: Blueprint, batch: dict[str, Any]) -> dict[str, jax.Array]:
-    """This process's rows of a batch as global arrays, split as the plan says."""
-    import jax
-
-    where = blue.batch_sharding(batch)
-    if jax.process_count() == 1:
-        return jax.device_put(batch, where)
-    return {key: jax.make_array_from_process_local_data(where[key], value) for key, value in batch.items()}
+    run.folder.check_shared()
 
 
 def make_validate(run: Run) -> Callable[..., tuple[dict[str, float], float]]:
@@ -301,9 +311,9 @@ def make_validate(run: Run) -> Callable[..., tuple[dict[str, float], float]]:
     def validate(state: TrainState, *, final: bool) -> tuple[dict[str, float], float]:
         totals: dict[str, float] = {}
         count = cfg.final_validation_batches if final else cfg.validation_batches
-        for index, batch in enumerate(run.task.validation(count)):
+        for index, batch in enumerate(run.task.validation(count, run.blue.part)):
             # read at once: simulated devices share a pool of threads, and batches sent ahead can leave it without one
-            for name, value in jax.device_get(evaluate(state, place(run.blue, batch), index)).items():
+            for name, value in jax.device_get(evaluate(state, run.blue.placed(batch), index)).items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         weight = totals.pop("weight")
         return {name: total / weight for name, total in totals.items()}, weight
@@ -320,10 +330,11 @@ def finish(run: Run, state: TrainState, meter: Meter) -> None:
 
     config, folder, report, task = run.config, run.folder, run.report, run.task
     step = config.training.steps
-    folder.samples.mkdir(parents=True, exist_ok=True)
+    if processes.is_first():
+        folder.samples.mkdir(parents=True, exist_ok=True)
     save_pretrained(folder.weights, config.model.name, config.model.spec(), run.blue.tree(state))
     task.save_beside(folder.weights)
-    if not folder.has_line(step, "validation"):
+    if not processes.first_says(folder.has_line(step, "validation")):
         meter.validated(step, *make_validate(run)(state, final=True))
     run.blue.run(state, task.look, folder, step)
     scores, lines = run.blue.run(state, task.conclude, folder, step)

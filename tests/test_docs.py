@@ -12,14 +12,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
+from test_roll_call import beside_another_program, free_port, meet
 
-from artifex.cli import parse_train
+from artifex.cli import START, parse_train
 from artifex.config import Config, DeviceConfig
 from artifex.data.text import load_text
 from artifex.scaling import remat, sharding
 from artifex.scaling.axes import ACTIVATION_AXES, WEIGHT_AXES
 from artifex.scaling.mesh_utils import create_device_mesh, setup_mesh
 from artifex.scaling.plan import Plan
+from artifex.scaling.processes import Start
 from artifex.train import dry_run, plan_of, train
 from artifex.training.state import blueprint
 
@@ -167,6 +169,31 @@ def test_each_error_on_the_scaling_page_is_what_the_code_says():
             provoke()
         shown = re.escape(message.strip("`")).replace(re.escape("..."), ".+")
         assert re.match(shown, str(caught.value)), f"the page shows {message}, the code says {caught.value}"
+
+
+SAME = {"training.seed": 0}
+MET = [  # by each row of that page's table: what each of some processes is told, and what the first of them says
+    lambda port: meet(port, (0, 4, SAME), (2, 4, SAME), wait=1.0)[0],
+    lambda port: meet(port, (1, 2, SAME), wait=1.0)[0],
+    lambda port: beside_another_program(port, b"220 ready\r\n", (1, 2, SAME)),
+    lambda port: beside_another_program(port, b"", (0, 2, SAME)),
+    lambda port: meet(port, (0, 2, SAME), (1, 4, SAME))[0],
+    lambda port: meet(port, (0, 3, SAME), (1, 3, SAME), (1, 3, SAME, 0.2))[0],
+    lambda port: meet(port, (0, 2, SAME), (1, 2, {"training.seed": 1}))[0],
+]
+
+
+def test_each_error_on_the_page_on_processes_is_what_they_say():
+    for (message, _), said in zip(table("docs/scaling/processes.md", "## Before JAX starts"), MET, strict=True):
+        port = free_port()
+        shown, said = message.strip("`").replace("1234", str(port)), said(port)
+        assert said.startswith(shown), f"the page shows {message}, a process says {said}"
+
+
+def test_the_page_on_processes_has_each_option_with_its_default():
+    rows = table("docs/scaling/processes.md", "## Two processes on one machine")
+    assert [row[0].strip("`") for row in rows] == list(START)
+    assert rows[0][2] == f"`{Start().distributed}`" and rows[-1][2] == str(Start().wait)
 
 
 def test_the_scaling_page_has_each_name_with_its_sentence():

@@ -40,8 +40,8 @@ def those_in(package: str) -> set[str]:
 def directions() -> dict[str, tuple[set[str], set[str]]]:
     """Rule -> the modules it is about, and the modules of this package that they may import."""
     everything, axes, models = set(FILES), {"artifex.scaling.axes"}, those_in("artifex.models")
-    # what a model may know of scaling: names, and how it is run
-    names = {f"artifex.scaling.{module}" for module in ("axes", "execution", "local", "remat")}
+    # what a model may know of scaling: names, how it is run, and which process writes its weights
+    names = {f"artifex.scaling.{module}" for module in ("axes", "execution", "local", "processes", "remat")}
     families = [
         those_in(f"artifex.models.{path.parent.name}") for path in (ROOT / "artifex/models").glob("*/config.py")
     ]

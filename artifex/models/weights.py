@@ -40,6 +40,7 @@ from artifex.models.weights_config import (
     read_config,
     section_of,
 )
+from artifex.scaling import processes
 
 TENSORS, TOKENIZER = "model.safetensors", "tokenizer.json"
 FLOATS = ("F32", "BF16", "F16")  # what a parameter may be stored in
@@ -146,8 +147,8 @@ def save_pretrained(
     the path of a `tokenizer.json`: it is written beside the weights, where sampling looks for it. Above
     `max_shard_bytes` there are several files and an index.
 
-    Every array must be within reach of this process. Raises `ValueError` for a model that the layout has no words for,
-    and for a tokenizer that is neither.
+    Of several processes all call it, and the first one writes. Raises `ValueError` for a model that the layout has no
+    words for, and for a tokenizer that is neither.
     """
     texts = {} if tokenizer is None else {TOKENIZER: _tokenizer_text(tokenizer)}
     name = model if isinstance(model, str) else None
@@ -165,7 +166,13 @@ def save_pretrained(
     tensors = [tensor for entry in entries for tensor in _to_write(entry, values)]
     assert {source.path for source in sources} == values.keys(), "a layout covers every parameter"
     texts[CONFIG] = json.dumps(config, indent=2) + "\n"
-    write_tensors(Path(folder), file, tensors, texts, max_shard_bytes)
+    if processes.is_first():
+        write_tensors(Path(folder), file, tensors, texts, max_shard_bytes)
+    else:  # takes part in gathering what the first one writes
+        for tensor in tensors:
+            for _ in tensor.pieces():
+                pass
+    processes.all_say(None)  # the folder is there when this returns
 
 
 def _tokenizer_text(tokenizer: Any) -> str:
@@ -322,7 +329,7 @@ def _fetched(array: Any, at: tuple[Any, ...]) -> np.ndarray:
     if isinstance(array, np.ndarray):
         return array[at]
     part = array[at]
-    return np.asarray(jnp.copy(array) if part is array else part)
+    return processes.fetched(jnp.copy(array) if part is array else part)
 
 
 def _blocks(shape: Shape, itemsize: int) -> Iterator[Slices]:

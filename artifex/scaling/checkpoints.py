@@ -28,12 +28,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 import artifex
-from artifex.scaling import manifest
+from artifex.scaling import manifest, processes
 from artifex.scaling.manifest import CheckpointError
 
 __all__ = ["CheckpointError", "Checkpoints"]
@@ -102,13 +100,13 @@ class Checkpoints:
         # A folder of its own for each attempt: the writers of a failed one may still be busy in theirs.
         attempt = self.folder / f"{step}.saving-{next(_ATTEMPTS)}"
         try:
-            if jax.process_index() == 0:  # Orbax lets no process start before this one comes
+            if processes.is_first():  # Orbax lets no process start before this one comes
                 self._sweep()
                 self.set_aside(step)
                 attempt.mkdir(parents=True)
             self._orbax.save(attempt / _ARRAYS, args=ocp.args.PyTreeSave(nested(arrays)))
         except OSError as error:
-            raise self._unsaved(step, error) from error
+            raise self._unsaved(step, self._reason(error)) from error
         self._pending = step, self._thread.submit(self._finish, step, attempt, body)
         if not self.asynchronous:
             self.wait()
@@ -120,13 +118,12 @@ class Checkpoints:
         step, future = self._pending
         error = future.exception()
         self._pending = None
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"artifex checkpoint {step}")
-        if error is not None:
-            if jax.process_index() == 0:
+        # told and not looked up: a shared file system may show a new folder to another process a minute later
+        reasons = processes.all_say(error and self._reason(error))
+        if reason := next(filter(None, reasons), None):
+            if processes.is_first():
                 self._sweep()
-            raise self._unsaved(step, error) from error
-        self._read(step)  # a process other than 0 learns here whether 0 succeeded
+            raise self._unsaved(step, reason) from error
         self._last = step
 
     def steps(self) -> list[int]:
@@ -141,7 +138,7 @@ class Checkpoints:
         """The newest step whose every file matches its checksum, and a sentence on each newer one that was skipped."""
         self.wait()
         skipped = []
-        for step in reversed(self._folders()):
+        for step in reversed(processes.first_says(self._folders())):
             problem = self._damage(step)
             if problem is None:
                 return step, skipped
@@ -196,7 +193,7 @@ class Checkpoints:
     def _finish(self, step: int, attempt: Path, body: dict[str, Any]) -> None:
         # The background thread: Orbax's own barriers have let every process finish writing when it returns.
         self._orbax.wait_until_finished()
-        if jax.process_index() == 0:
+        if processes.is_first():
             manifest.seal(attempt, body)
             attempt.rename(self.folder / str(step))
             manifest.sync(self.folder)
@@ -212,7 +209,7 @@ class Checkpoints:
 
     def set_aside(self, step: int) -> None:
         """Rename the folders of `step` and of all after it, to "<step>.left-<n>"; none of them is a step any more."""
-        if jax.process_index() != 0:
+        if not processes.is_first():
             return
         for known in self._folders():
             if known >= step:
@@ -245,6 +242,13 @@ class Checkpoints:
 
     def _damage(self, step: int, paths: set[str] | None = None) -> str | None:
         """Read the files of the arrays `paths` (None: all): what is first found to differ from what was saved."""
+        problems = processes.all_say(self._damage_of_share(step, paths))
+        return next(
+            filter(None, problems), None
+        )  # all refuse or none: one that went on alone would wait for the others
+
+    def _damage_of_share(self, step: int, paths: set[str] | None) -> str | None:
+        """`_damage` by this process's share of the files."""
         folder = self.folder / str(step)
         try:
             body = manifest.read(folder)
@@ -254,15 +258,13 @@ class Checkpoints:
         files = [(name, entry) for name, entry in body["files"].items() if spared.isdisjoint(name.split("/")[1:2])]
         share = range(jax.process_index(), len(files), jax.process_count())
         with ThreadPoolExecutor() as pool:
-            problems = pool.map(lambda i: manifest.damage(folder, *files[i]), share)
-            first = min((i for i, problem in zip(share, problems, strict=True) if problem), default=len(files))
-        if jax.process_count() > 1:  # all refuse or none: a process that went on alone would wait for the others
-            first = int(np.min(multihost_utils.process_allgather(np.int32(first))))
-        return manifest.damage(folder, *files[first]) if first < len(files) else None
+            return next(filter(None, pool.map(lambda i: manifest.damage(folder, *files[i]), share)), None)
 
-    def _unsaved(self, step: int, error: BaseException) -> CheckpointError:
+    def _reason(self, error: BaseException) -> str:
         # The first line, without the notes that TensorStore appends ("[os_error_code='28'] [source locations=...]").
-        reason = re.split(r"\n| \[[a-z_ ]+=", str(error))[0].replace(f"{self.folder}/", "") or type(error).__name__
+        return re.split(r"\n| \[[a-z_ ]+=", str(error))[0].replace(f"{self.folder}/", "") or type(error).__name__
+
+    def _unsaved(self, step: int, reason: str) -> CheckpointError:
         return CheckpointError(
             f"step {step} was not saved in {self.folder}: {reason}; complete steps, untouched: {self.steps() or 'none'}"
         )

@@ -16,6 +16,8 @@ from artifex.data.classes import save_classes
 from artifex.data.image_batches import ImageBatches, all_images, image_validation_batches
 from artifex.data.images import ImageCorpus, load_images, only_classes
 from artifex.evaluation.grids import pairs_grid, save_grid
+from artifex.scaling.execution import Execution, execution
+from artifex.scaling.processes import by_first, fetched, is_first
 from artifex.training.run_folder import RunFolder
 from artifex.training.task import Batch, Metrics, Score
 
@@ -69,7 +71,7 @@ class ImageTask:
         """Images of one step."""
         return self.config.training.batch_size
 
-    def batches(self, start: int) -> Any:
+    def batches(self, start: int, part: tuple[int, int] = (0, 1)) -> Any:
         """Every image once an epoch, in the order of (seed, step), augmented as configured."""
         return ImageBatches(
             self.corpus,
@@ -78,19 +80,19 @@ class ImageTask:
             flip=self.config.data.flip,
             crop=self.config.data.crop,
             latents=self.latents and self.latents[0],
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=part[0],
+            process_count=part[1],
         ).stream(start)
 
-    def validation(self, count: int | None) -> Iterator[Batch]:
+    def validation(self, count: int | None, part: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
         """Held-out images, `count` batches of them; None: each image once."""
         return image_validation_batches(
             self.corpus,
             batch_size=self.config.training.batch_size,
             count=count,
             latents=self.latents and self.latents[1],
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=part[0],
+            process_count=part[1],
         )
 
     def score(self, metrics: Metrics) -> Score:
@@ -98,6 +100,7 @@ class ImageTask:
         field = "bits_per_dim" if "bits_per_dim" in metrics else "loss"
         return Score(field, 1.0, field.replace("_", " "))
 
+    @by_first
     def save_beside(self, folder: str | Path) -> None:
         """The names of the classes, of a model that has classes."""
         if self.config.model.spec().num_classes:
@@ -110,7 +113,7 @@ class ImageTask:
             return
         images, _ = self._draw(model, count, self.config.training.seed)
         shown, columns, names = self._rows(model, count)
-        save_grid(images[shown], folder.sample(step, ".png"), columns=columns, row_labels=names)
+        by_first(save_grid)(images[shown], folder.sample(step, ".png"), columns=columns, row_labels=names)
         if hasattr(model, "reconstruct"):
             self._reconstructions(model, folder.sample(step, "-reconstructions.png"))
 
@@ -132,6 +135,8 @@ class ImageTask:
             self._reconstructions(model, path)
             return
         images, _ = self._draw(model, PAIRS, self.config.training.seed)
+        if not is_first():
+            return
         known, _ = all_images(self.corpus.train, self.corpus.levels, most=NEIGHBOURS)
         shown, columns, names = self._rows(model, PAIRS)
         images = images[shown]
@@ -140,8 +145,9 @@ class ImageTask:
 
     def _reconstructions(self, model: Any, path: Path) -> None:
         images, _ = all_images(self.corpus.validation, self.corpus.levels, most=PAIRS)
-        again = np.asarray(model.reconstruct(images))
-        pairs_grid(images, again, path, columns=min(COLUMNS, len(images)), title="held-out image, its reconstruction")
+        again = fetched(model.reconstruct(images))
+        title = "held-out image, its reconstruction"
+        by_first(pairs_grid)(images, again, path, columns=min(COLUMNS, len(images)), title=title)
 
     def _rows(self, model: Any, count: int) -> tuple[np.ndarray, int, list[str] | None]:
         """Which of `count` images of classes in turn to show in which order, in how many columns, and the rows' names.
@@ -169,13 +175,19 @@ class ImageTask:
             parts.append(drawn[: count - begin])
             labels.append(None if its is None else its[: count - begin])
         known = None if labels[0] is None else np.concatenate(labels)
-        classifier = judge(self.corpus)
-        scores = score_samples(self.corpus, np.concatenate(parts), known, classifier=classifier)
+        made = [("", np.concatenate(parts), known)]
         if hasattr(model, "reconstruct"):
             images, _ = all_images(self.corpus.validation, self.corpus.levels, most=count)
-            again = score_samples(self.corpus, np.asarray(model.reconstruct(images)), classifier=classifier)
-            scores |= {f"reconstruction_{name}": value for name, value in again.items()}
-        return scores
+            made.append(("reconstruction_", fetched(model.reconstruct(images)), None))
+        if not is_first():  # the others have done their part of what was drawn
+            return {}
+        with execution(Execution()):  # on a device of its own: on the run's mesh it would wait for the other processes
+            classifier = judge(self.corpus)
+            return {
+                f"{of}{name}": value
+                for of, these, labelled in made
+                for name, value in score_samples(self.corpus, these, labelled, classifier=classifier).items()
+            }
 
     def _labels(self, model: Any, count: int) -> np.ndarray | None:
         classes = model.cfg.num_classes
@@ -184,7 +196,7 @@ class ImageTask:
     def _draw(self, model: Any, count: int, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
         labels = self._labels(model, count)
         how = {} if labels is None else {"labels": labels}
-        return np.asarray(model.sample(jax.random.key(seed), count=count, **how)), labels
+        return fetched(model.sample(jax.random.key(seed), count=count, **how)), labels
 
 
 def _settings(spec: Any) -> dict[str, str]:

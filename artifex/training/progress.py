@@ -23,13 +23,16 @@ class _Console(Console):
 
 
 class Report:
-    """A bar with ETA, loss, tokens/s and time spent waiting for data; `line` prints above it, or before it is there."""
+    """A bar with ETA, loss, tokens/s and time spent waiting for data; `line` prints above it, or before it is there.
 
-    def __init__(self, start: int, steps: int, *, bar: bool):
-        self.console = _Console(highlight=False, soft_wrap=True, force_jupyter=False)
+    Quiet, it says nothing at all: of several processes only the first one prints.
+    """
+
+    def __init__(self, start: int, steps: int, *, bar: bool, quiet: bool = False):
+        self.console = _Console(highlight=False, soft_wrap=True, force_jupyter=False, quiet=quiet)
         self.steps, self.began, self.start, self.printed = steps, time.perf_counter(), start, start
         self.bar, self.status = None, "first steps"
-        if bar and self.console.file.isatty():  # a notebook asks for colours and is no terminal
+        if bar and not quiet and self.console.file.isatty():  # a notebook asks for colours and is no terminal
             self.bar = Progress(
                 TextColumn("training"),
                 BarColumn(bar_width=None),

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from artifex.config import Config
 from artifex.models.weights import from_pretrained, holds_weights
 from artifex.models.weights_config import spec_of
-from artifex.scaling import manifest, placement
+from artifex.scaling import manifest, placement, processes
 from artifex.scaling.axes import Rules
 from artifex.scaling.checkpoints import CheckpointError, Checkpoints
 from artifex.scaling.execution import Execution
@@ -149,7 +149,7 @@ def find_step(path: str | os.PathLike[str], step: int | None = None) -> SavedSte
                 raise CheckpointError(f"no step of {path} can be restored: {'; '.join(skipped)}{instead}")
             if step is None:
                 raise FileNotFoundError(f"{path} holds no checkpoint yet; train it further first")
-            for problem in skipped:
+            for problem in skipped if processes.is_first() else ():
                 print(f"{problem}; step {step} is taken", file=sys.stderr)
         elif step not in checkpoints.steps():
             raise ValueError(f"{path} holds no checkpoint of step {step}; it has {checkpoints.steps()}")

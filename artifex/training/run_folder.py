@@ -1,17 +1,24 @@
-"""The folder of a run: configuration, metrics, loss curve, samples; and what a resumed run may change."""
+"""The folder of a run: configuration, metrics, loss curve, samples; and what a resumed run may change.
+
+Every process may call all of it; the first one writes.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from artifex.config import Config
 from artifex.models.weights import holds_weights
+from artifex.scaling.manifest import CheckpointError
+from artifex.scaling.processes import all_say, by_first
 from artifex.training.task import Metrics, Score
 
+SEEN = 60  # seconds in which a file that one process wrote appears to another; NFS may remember that it was not there
 FIXED = {
     "model": None,
     "data": None,
@@ -49,6 +56,7 @@ class RunFolder:
             raise ValueError(f"{self.path} is not empty and holds no run (no config.json); choose another --run-dir")
         return []
 
+    @by_first
     def begin(self, config: Config, step: int) -> None:
         """Write the resolved configuration, which alone repeats the run, and drop what was written after `step`.
 
@@ -58,6 +66,19 @@ class RunFolder:
         config.save(self.config)
         self.keep_metrics_up_to(step)
         self.picture.unlink(missing_ok=True)  # it is drawn last, so where it is nothing is missing
+
+    def check_shared(self) -> None:
+        """Raise `CheckpointError`, on every process, where one does not see what the first has written."""
+        all_say(None)  # it has
+        until = time.monotonic() + SEEN
+        while not (sees := self.config.exists()) and time.monotonic() < until:
+            time.sleep(0.1)
+        blind = [process for process, sees in enumerate(all_say(sees)) if not sees]
+        if blind:
+            raise CheckpointError(
+                f"{self.config}, which process 0 wrote, is not seen by process {', '.join(map(str, blind))}; give a "
+                "--run-dir on a file system that all processes share"
+            )
 
     def is_finished(self) -> bool:
         """Whether the run's last step left all it leaves: weights, and the curve, which is drawn after all else."""
@@ -85,6 +106,7 @@ class RunFolder:
             )
         return changes
 
+    @by_first
     def keep_metrics_up_to(self, step: int) -> None:
         """Drop the lines a resumed run will write again, and a last line that was cut off."""
         if not self.metrics.exists():
@@ -102,6 +124,7 @@ class RunFolder:
                 break  # a killed run may leave half a line, always the last
         return records
 
+    @by_first
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
         with self.metrics.open("a") as file:
@@ -111,6 +134,7 @@ class RunFolder:
         """The file of the sample made at a step."""
         return self.samples / f"step-{step:07d}{ending}"
 
+    @by_first
     def plot(self, score_of: Callable[[Metrics], Score]) -> None:
         """Draw the score of both splits over the steps, to `loss.png`, which appears whole or not at all."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg

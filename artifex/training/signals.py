@@ -18,6 +18,8 @@ APART = 1.0  # seconds; a terminal and the program that started this one may bot
 class Stopped(SystemExit):
     """A signal ended a run after its work was saved. Its `code` is 128 + the signal's number, as in a shell."""
 
+    together = True  # of several processes all end by it
+
     def __init__(self, name: str):
         super().__init__(128 + signal.Signals[name])
 

@@ -175,6 +175,41 @@ class Blueprint:
 
         return jax.tree.map(where, batch)
 
+    @property
+    def part(self) -> tuple[int, int]:
+        """(p, P): of a batch of B rows this process's devices hold [p B/P, (p+1) B/P). (0, 1), the whole batch, where
+        they hold all of it, or rows that do not follow each other."""
+        rows = self.config.training.batch_size
+        sharding = self.batch_sharding({"rows": jax.ShapeDtypeStruct((rows,), jnp.int32)})["rows"]
+        spans = {index.indices(rows)[:2] for (index,) in sharding.addressable_devices_indices_map((rows,)).values()}
+        first, last = min(begin for begin, _ in spans), max(end for _, end in spans)
+        held = sum(end - begin for begin, end in spans)
+        if held != last - first or rows % held or first % held:
+            return 0, 1
+        return first // held, rows // held
+
+    def placed(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
+        """The `part` of a batch that this process made as the global arrays, split as the plan says."""
+        p, P = self.part
+        if jax.process_count() == 1:
+            return jax.device_put(batch, self.batch_sharding(batch))
+        whole = {
+            name: jax.ShapeDtypeStruct((P * len(value), *value.shape[1:]), value.dtype) for name, value in batch.items()
+        }
+        where = self.batch_sharding(whole)
+
+        def array(name: str) -> jax.Array:
+            value, size = batch[name], whole[name].shape
+
+            def of_device(index: Any) -> Any:
+                begin, end, _ = index[0].indices(size[0])
+                first = p * len(value)
+                return value[(slice(begin - first, end - first), *index[1:])]
+
+            return jax.make_array_from_callback(size, where[name], of_device)
+
+        return {name: array(name) for name in batch}
+
 
 def within(tree: Any, part: Any) -> Any:
     """The leaves of nested dicts `tree` at the places that `part` has."""

@@ -53,7 +53,8 @@ class Corpus(Protocol):
 class Task(Protocol):
     """A data set opened for a configuration.
 
-    `noun` is what a step counts, "tokens" or "images", `per_step` how many of them. Batches hold this process's rows.
+    `noun` is what a step counts, "tokens" or "images", `per_step` how many of them. Of a batch of B rows, a `part`
+    (p, P) holds the rows [p B/P, (p+1) B/P): whichever process makes it, the batch is the same.
     """
 
     @property
@@ -65,11 +66,11 @@ class Task(Protocol):
     @property
     def per_step(self) -> int: ...
 
-    def batches(self, start: int) -> Any:
+    def batches(self, start: int, part: tuple[int, int] = (0, 1)) -> Any:
         """An iterator, with `close()`, over the training batches from step `start` on."""
         ...
 
-    def validation(self, count: int | None) -> Iterator[Batch]:
+    def validation(self, count: int | None, part: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
         """`count` held-out batches spread evenly, None for all that is held out: the same ones at each call."""
         ...
 
@@ -78,7 +79,7 @@ class Task(Protocol):
         ...
 
     def save_beside(self, folder: str | Path) -> None:
-        """Write to `folder` what samples from its weights need besides them."""
+        """Write to `folder` what samples from its weights need besides them, on the process that writes."""
         ...
 
     def look(self, model: Any, folder: RunFolder, step: int) -> None:

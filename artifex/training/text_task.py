@@ -15,6 +15,7 @@ from artifex.config import Config
 from artifex.data.batches import Batches, validation_batches
 from artifex.data.text import TextCorpus, load_text
 from artifex.data.tokenizers import REPLACEMENT, save_tokenizer
+from artifex.scaling.processes import by_first, fetched, is_first
 from artifex.training.run_folder import RunFolder
 from artifex.training.task import Batch, Metrics, Score
 
@@ -55,11 +56,11 @@ class TextTask:
         """Targets of one step."""
         return self.config.training.batch_size * self.config.data.sequence_length
 
-    def batches(self, start: int) -> Any:
+    def batches(self, start: int, part: tuple[int, int] = (0, 1)) -> Any:
         """Windows in the order of (seed, step)."""
-        return self.windows().stream(start)
+        return self.windows(part).stream(start)
 
-    def windows(self) -> Batches:
+    def windows(self, part: tuple[int, int] = (0, 1)) -> Batches:
         """Every training batch, by its step."""
         return Batches(
             self.corpus.train,
@@ -67,11 +68,11 @@ class TextTask:
             sequence_length=self.config.data.sequence_length,
             seed=self.config.training.seed,
             vocab_size=self.corpus.vocab_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=part[0],
+            process_count=part[1],
         )
 
-    def validation(self, count: int | None) -> Iterator[Batch]:
+    def validation(self, count: int | None, part: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
         """Windows spread over the held-out files, `count` batches of them; None: each held-out token but the first."""
         return validation_batches(
             self.corpus.validation,
@@ -79,8 +80,8 @@ class TextTask:
             sequence_length=self.config.data.sequence_length,
             count=count,
             vocab_size=self.corpus.vocab_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=part[0],
+            process_count=part[1],
         )
 
     def score(self, metrics: Metrics) -> Score:
@@ -103,6 +104,7 @@ class TextTask:
         line = text.strip().partition("\n")[0][:PROMPT]
         return line.rpartition(" ")[0] or line or "\n"
 
+    @by_first
     def save_beside(self, folder: str | Path) -> None:
         """The tokenizer, and the prompt."""
         save_tokenizer(self.corpus.tokenizer, Path(folder) / RunFolder.TOKENIZER)
@@ -110,7 +112,9 @@ class TextTask:
 
     def look(self, model: Any, folder: RunFolder, step: int) -> None:
         """A continuation of the prompt."""
-        folder.sample(step, ".txt").write_text(self.continuation(model), encoding="utf-8")
+        text = self.continuation(model)
+        if is_first():
+            folder.sample(step, ".txt").write_text(text, encoding="utf-8")
 
     def continuation(self, model: Any) -> str:
         """The prompt and what the model makes of it; empty where no room is left for new tokens."""
@@ -120,10 +124,12 @@ class TextTask:
         if room < 1:
             return ""
         drawn = model.sample(jax.random.key(cfg.seed), prompt=prompt, num_tokens=room, temperature=0.7, top_p=0.95)
-        return self.prompt + tokenizer.decode(jax.device_get(drawn)[0])
+        return self.prompt + tokenizer.decode(fetched(drawn)[0])
 
     def conclude(self, model: Any, folder: RunFolder, step: int) -> tuple[Metrics, list[str]]:
         """The last sample, and the command that draws more."""
+        if not is_first():
+            return {}, []
         text = folder.sample(step, ".txt").read_text(encoding="utf-8").rstrip()
         command = f"python -m artifex.sample {folder.path} --prompt {shlex.quote(self.prompt)}"
         return {}, ([f"\n{text}\n"] if text else []) + [f"sample from it:  {command}"]
