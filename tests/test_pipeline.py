@@ -350,7 +350,11 @@ def test_sixteen_layers_train_under_mixed_parallelism_on_sixteen_devices(tmp_pat
 @pytest.mark.parametrize(
     "preset, device, message",
     [
-        ("llama-nano", {"pipeline": 8}, "8 stages, but 'llama-nano' has 4 repeated blocks; make it at most 4"),
+        (
+            "llama-nano",
+            {"pipeline": 8},
+            "8 stages, but 'llama-nano' has 4 repeated blocks; set device.pipeline=4 and device.data=2, or",
+        ),
         ("llama-nano", {"pipeline": 4, **INTERLEAVED}, "are 8 stages, but 'llama-nano' has 4"),
         ("llama-nano", {"pipeline": 2, "microbatches": 5}, "batch_size 16 does not divide .* in 5 microbatches"),
         ("unet-digits", {"pipeline": 2}, "'unet-digits' has no stack of repeated blocks"),

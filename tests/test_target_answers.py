@@ -3,7 +3,10 @@
 import importlib.util
 import json
 import re
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -28,18 +31,20 @@ WRONG = [
     ("v5e:4x4", r"names no platform; did you mean tpu:v5e:4x4\?"),
     ("fpga:4", r"no platform that is known; a target is tpu:CHIP"),
     ("", r"no platform that is known"),
-    ("tpu", r"of '', no TPU that is known; expected one of v5e, v5p, v6e, tpu7x"),
-    ("tpu:v5:4x4", r"of 'v5', no TPU that is known; did you mean 'v5[ep]'\?"),
+    ("tpu", r"'tpu' names no chip; expected one of v5e, v5p, v6e, tpu7x"),
+    ("tpu:v5:4x4", r"of 'v5', no TPU that is known; expected one of v5e, v5p, v6e, tpu7x"),
+    ("gpu:h200:2x8", r"of 'h200', no GPU that is known; expected one of h100"),
     ("tpu:h100:2x8", r"of 'h100', no TPU"),
     ("gpu:h100", r"the shape ''; expected the hosts and GPUs of each, such as gpu:h100:2x8"),
     ("gpu:h100:16", r"the shape '16'; expected the hosts"),
     ("tpu:v5e:4x4x4", r"the shape '4x4x4'; expected the 2 sizes of the slice, such as tpu:v5e:4x4"),
     ("tpu:v5p:8x8", r"expected the 3 sizes of the slice, such as tpu:v5p:4x4x4"),
     ("tpu:v5e:0x4", r"the shape '0x4'"),
-    ("tpu:v5e:4x4:2", r"the shape ''"),
-    ("cpu", r"the number of simulated devices is named, such as cpu:8"),
-    ("cpu:2x4", r"such as cpu:8"),
-    ("cpu:0", r"such as cpu:8"),
+    ("tpu:v5e:4x4:2", r"the shape '4x4:2'"),
+    ("cpu", r"has '' simulated devices; expected a number from 1 to 4,096, such as cpu:8"),
+    ("cpu:2x4", r"has '2x4' simulated devices"),
+    ("cpu:0", r"has '0' simulated devices"),
+    ("cpu:10000000", r"expected a number from 1 to 4,096"),
 ]
 
 
@@ -47,6 +52,25 @@ WRONG = [
 def test_a_name_that_is_no_target_is_refused_with_one_that_is(name, message):
     with pytest.raises(ValueError, match=message):
         Target.parse(name)
+
+
+def test_the_process_that_compiles_ends_with_the_one_that_asked():
+    compiles = "import os, sys, time; from artifex.training.for_target import end_with; end_with(int(sys.argv[1]))"
+    asks = (
+        "import os, subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {compiles!r}, str(os.getpid())], start_new_session=True)\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", asks], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        assert Path(f"/proc/{child}").exists()
+        process.kill()
+    until = time.monotonic() + 30
+    while Path(f"/proc/{child}").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{child}").exists()
 
 
 @pytest.mark.parametrize(

@@ -243,9 +243,8 @@ class Checkpoints:
     def _damage(self, step: int, paths: set[str] | None = None) -> str | None:
         """Read the files of the arrays `paths` (None: all): what is first found to differ from what was saved."""
         problems = processes.all_say(self._damage_of_share(step, paths))
-        return next(
-            filter(None, problems), None
-        )  # all refuse or none: one that went on alone would wait for the others
+        # all refuse or none: one that went on alone would wait for the others
+        return next(filter(None, problems), None)
 
     def _damage_of_share(self, step: int, paths: set[str] | None) -> str | None:
         """`_damage` by this process's share of the files."""

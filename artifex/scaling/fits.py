@@ -46,9 +46,13 @@ def _check_stages(model: str, plan: Plan, blocks: int | None) -> None:
             "device.fsdp, device.tensor or device.data"
         )
     if blocks < plan.pipeline.stages:
+        devices, each = plan.pipeline.devices, plan.pipeline.stages_per_device
+        fit = max((n for n in range(1, blocks // each + 1) if devices % n == 0), default=1)
+        other = f"device.pipeline={fit} and device.data={plan.sizes.get('data', 1) * devices // fit}"
+        fewer = f"set {other}" if each == 1 or fit > 1 else f"make their product at most {blocks}"
         raise ValueError(
-            f"{sizes} are {plan.pipeline.stages} stages, but {model!r} has {blocks} repeated blocks; make it at most "
-            f"{blocks}"
+            f"{sizes} are {plan.pipeline.stages} stages, but {model!r} has {blocks} repeated blocks; {fewer}, or give "
+            f"the model at least {plan.pipeline.stages}"
         )
 
 

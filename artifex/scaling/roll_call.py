@@ -44,7 +44,9 @@ def address(coordinator: str) -> tuple[str, int]:
     """Host and port of "host:port" or "[::1]:port". Raises `ValueError` for anything else."""
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise ValueError(f"coordinator {coordinator!r} is no address; expected host:port, as in 10.0.0.1:1234")
+        raise ValueError(
+            f"coordinator {coordinator!r} is no address; expected host:port, as in 10.0.0.1:1234, a port at most 65535"
+        )
     return host.strip("[]"), int(port)
 
 

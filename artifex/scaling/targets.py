@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -24,6 +23,7 @@ from typing import Any, Literal
 
 MiB, GiB = 2**20, 2**30
 FORMS = "tpu:CHIP:XxY[xZ], gpu:CHIP:HOSTSxGPUS or cpu:N, such as tpu:v5e:4x4, gpu:h100:2x8, cpu:8"
+SIMULATED = 4_096  # each device of a CPU takes memory and threads of this machine
 GPU_FRACTION = 0.75
 """What JAX takes of a GPU's memory where XLA_PYTHON_CLIENT_MEM_FRACTION says nothing else, by its page on that."""
 
@@ -95,17 +95,19 @@ class Target:
         if platform not in ("tpu", "gpu", "cpu"):
             raise ValueError(f"target {text!r} is of no platform that is known; a target is {FORMS}")
         if platform == "cpu":
-            if len(rest) != 1 or not re.fullmatch(r"[1-9][0-9]*", kind):
-                raise ValueError(f"target {text!r}: of a CPU the number of simulated devices is named, such as cpu:8")
+            if len(rest) != 1 or not re.fullmatch(r"[1-9][0-9]{0,3}", kind) or int(kind) > SIMULATED:
+                raise ValueError(
+                    f"target {text!r} of a CPU has {':'.join(rest)!r} simulated devices; expected a number from 1 to "
+                    f"{SIMULATED:,}, such as cpu:8"
+                )
             return cls(name, "cpu", None, (int(kind),))
         known = [chip for chip, what in CHIPS.items() if what.platform == platform]
         if kind not in known:
-            near = difflib.get_close_matches(kind, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
-            raise ValueError(f"target {text!r} is of {kind!r}, no {platform.upper()} that is known; {hint}")
+            what = f"is of {kind!r}, no {platform.upper()} that is known" if kind else "names no chip"
+            raise ValueError(f"target {text!r} {what}; expected one of {', '.join(known)}, as in {FORMS}")
         chip = CHIPS[kind]
         example = f"{platform}:{kind}:" + ("2x8" if platform == "gpu" else "x".join("4" * chip.dims))
-        sizes = rest[1] if len(rest) == 2 else ""
+        sizes = ":".join(rest[1:])
         if not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*)*", sizes) or sizes.count("x") != chip.dims - 1:
             what = "hosts and GPUs of each" if platform == "gpu" else f"{chip.dims} sizes of the slice"
             raise ValueError(f"target {text!r} has the shape {sizes!r}; expected the {what}, such as {example}")

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,7 @@ def ask(config: Config, target: Target, seconds: float) -> Answer:
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+", encoding="utf-8") as log:
         said = Path(folder) / "said"
         said.touch()
-        command, env = [sys.executable, "-c", CHILD, str(said)], os.environ | target.environment()
+        command, env = [sys.executable, "-c", CHILD, str(said), str(os.getpid())], os.environ | target.environment()
         # a session of its own, so that whatever its compiler starts ends with it
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, text=True, start_new_session=True
@@ -78,6 +79,7 @@ def ask(config: Config, target: Target, seconds: float) -> Answer:
 def child() -> None:
     """The process that compiles: reads configuration and target from its input, and writes what it finds to the file
     that it is given, a JSON line each, as soon as it is known."""
+    threading.Thread(target=end_with, args=(int(sys.argv[2]),), daemon=True).start()
     asked = json.load(sys.stdin)
     with Path(sys.argv[1]).open("a", encoding="utf-8") as file:
 
@@ -88,6 +90,14 @@ def child() -> None:
             examine(Config.from_dict(asked["config"]), Target.parse(asked["target"]), say)
         except (ValueError, ImportError, MemoryError) as error:
             say(error=str(error))
+
+
+def end_with(asking: int) -> None:
+    """End this process, and what it started, when the one that asks has ended, however that was: by a signal that it
+    could not answer it left a compiler behind."""
+    while os.getppid() == asking:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
 
 
 def examine(config: Config, target: Target, say: Callable[..., None]) -> None:
