@@ -63,8 +63,9 @@ python -m artifex.train configs/linear_config.json --training.steps 500 --device
 Every field is an option `--section.field VALUE` or `--section.field=VALUE`, with hyphens or underscores, and
 wins over the file. Where a field may be `none`, `none` is how it is typed (`null` in a file). `--print-config`
 prints the whole result as YAML, `--dry-run` what it would take, `--help` every option; all answer to the same
-file and options as the run would. Words of other programs are answered with ours: `--lr` with
-`--optimizer.learning-rate`.
+file and options as the run would. How [many processes](scaling/processes.md) meet is said on the command line
+alone, because it differs between them: `--device.coordinator` and its neighbours. Words of other programs are
+answered with ours: `--lr` with `--optimizer.learning-rate`.
 
 | exit code | means |
 | --- | --- |
