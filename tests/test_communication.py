@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from artifex import train
 from artifex.config import Config
 from artifex.scaling.communication import axes_of, collectives, communication, groups_of
-from artifex.training.compiler_log import laid_out_anew
+from artifex.scaling.compiler_log import laid_out_anew
 
 SIZES = {"a": 2, "b": 4}
 
@@ -279,8 +279,25 @@ def test_what_xla_lays_out_anew_everywhere_is_said_in_our_words(mesh, capfd):
     assert capfd.readouterr().err == "something else\n"
 
 
+def test_what_is_on_its_way_to_stderr_is_not_lost_where_a_signal_ends_the_process():
+    program = """
+import os, signal, time
+from artifex.scaling import compiler_log
+from artifex.training.signals import ending_at_once
+
+slow, one = 0.3, compiler_log._one
+compiler_log._one = lambda *line: (time.sleep(slow), one(*line))
+with ending_at_once(": said"), compiler_log.laid_out_anew():
+    os.write(2, b"before\\n")
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (143, "before\nstopped by SIGTERM: said\n")
+
+
 def test_a_closed_stderr_is_no_matter():
-    program = "import os; os.close(2)\nfrom artifex.training.compiler_log import laid_out_anew\n"
+    program = "import os; os.close(2)\nfrom artifex.scaling.compiler_log import laid_out_anew\n"
     program += "with laid_out_anew() as found: pass\nprint(found)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -263,6 +263,7 @@ def _exit(code: int) -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
+        compiler_log.pass_on()
     os._exit(code)
 
 

@@ -14,7 +14,7 @@ import jax
 
 from artifex.scaling.communication import Communication, communication
 from artifex.scaling.placement import bytes_on_device, size_text
-from artifex.training.compiler_log import laid_out_anew
+from artifex.scaling.compiler_log import laid_out_anew
 from artifex.training.state import Blueprint, TrainState, blueprint, planned
 from artifex.training.step import Batch, Metrics, make_step
 

@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from artifex.scaling import compiler_log
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 APART = 1.0  # seconds; a terminal and the program that started this one may both pass on one Ctrl-C
 
@@ -109,6 +111,7 @@ def _watch(pipe: int, says: str) -> None:
 def _end(sign: int, line: str) -> NoReturn:
     # by descriptor: the main thread may hold the locks of Python's streams, and a progress bar hides the cursor
     with contextlib.suppress(OSError):
+        compiler_log.pass_on()
         if os.isatty(2):
             os.write(2, b"\r\x1b[K\x1b[?25h")
         os.write(2, f"{line}\n".encode())
