@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from artifex.config_collectives import CollectivesConfig
 from artifex.config_device import DeviceConfig
 from artifex.config_io import (
     ConfigError,
@@ -253,6 +254,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     device: DeviceConfig = Field(default_factory=DeviceConfig)
+    collectives: CollectivesConfig = Field(default_factory=CollectivesConfig)
 
     def __init__(self, /, **values: Any) -> None:
         super().__init__(**values)

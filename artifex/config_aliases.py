@@ -35,6 +35,9 @@ ALIASES = {
     "device.data": "dp data_parallel data_parallel_size num_devices num_gpus gpus devices",
     "device.tensor": "tp tensor_parallel tensor_parallel_size",
     "device.mesh_shape": "mesh",
+    "collectives.all_reduce": "collective_ops",
+    "collectives.fuse_mb": "all_reduce_fusion bucket_cap_mb reduce_bucket_size",
+    "collectives.overlap": "overlap_comm communication_overlap_strategy",
     "run_dir": "out output output_dir outdir out_dir work_dir workdir log_dir logdir save_dir resume",
 }
 """Our key -> their words for it, where the key is not found by its last part alone."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,6 +137,7 @@ def open_run(config: Config, run_dir: str | Path, *, start_anew: bool = False) -
     # abstract model -> placement
     blue = blueprint(config, plan, mesh)
     check_state(blue, device_bytes())
+    os.environ.update(blue.collectives.environment)  # NCCL reads it when the devices first talk
     # sharded init or restore
     checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep)
     with explained("out of memory while the state was made or restored"):
@@ -195,7 +197,7 @@ def prepare(run: Run) -> Callable[[TrainState, Any], Any] | None:
     from artifex.models.attention import recording
     from artifex.training.memory import device_bytes, fitting_step, notes
 
-    for line in [summary(run), *run.notes]:
+    for line in [summary(run), *run.blue.collectives.lines, *run.notes]:
         run.report.line(line)
     if run.start >= run.config.training.steps:
         return None
@@ -379,7 +381,7 @@ def dry_run(config: Config) -> str:
     blue = blueprint(config, plan, plan.make_mesh())
     abstract = nnx.eval_shape(lambda: config.model.spec().build(nnx.Rngs(0)))
     step = compile_step(blue, batch_shapes(config))
-    lines = ["memory per device:", *table(step, device_bytes()), *communication_table(step)]
+    lines = ["memory per device:", *table(step, device_bytes()), *communication_table(step), *blue.collectives.lines]
     return "\n".join([str(explain(abstract, plan, plan.sizes)), "", f"plan: {plan}", *lines])
 
 

@@ -132,7 +132,8 @@ def test_a_range_begins_where_its_description_says(section, field, lowest, below
         ({"steps": 5}, "steps is unknown; did you mean training.steps?"),
         (
             {"qqq": 1},
-            "qqq is unknown; known are description, model, data, training, optimizer, checkpoint, logging, device",
+            "qqq is unknown; known are description, model, data, training, optimizer, checkpoint, logging, device, "
+            "collectives",
         ),
         ({"optimizer": {"lerning_rate": 1}}, "optimizer.lerning_rate is unknown; did you mean learning_rate?"),
         ({"optimizer": {"name": "adam"}}, "got 'adam'; did you mean adamw?"),

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, ParamSpec
 
+from artifex.scaling import compiler_log
 from artifex.scaling.roll_call import address, on_loopback, roll_call
 
 LONG = 24 * 3600  # seconds; a process that died is found by its missing heartbeats long before

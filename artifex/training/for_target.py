@@ -124,7 +124,7 @@ def examine(config: Config, target: Target, say: Callable[..., None]) -> None:
     plan = planned(config, len(devices))
     blue = blueprint(config, plan, plan.make_mesh(devices))
     have, shapes = target.memory or device_bytes(), batch_shapes(config)
-    say(layout=_layout(blue), machine=_machine(target, have))
+    say(layout=_layout(blue), machine="\n".join([_machine(target, have), *blue.collectives.lines]))
     say(memory="\n".join(["memory per device, by the sizes of its arrays:", *state_table(blue, shapes, have)]))
     if target.chip is not None:  # what a CPU simulates is asked for the figures
         try:

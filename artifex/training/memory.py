@@ -13,8 +13,8 @@ from typing import Any, cast
 import jax
 
 from artifex.scaling.communication import Communication, communication
-from artifex.scaling.placement import bytes_on_device, size_text
 from artifex.scaling.compiler_log import laid_out_anew
+from artifex.scaling.placement import bytes_on_device, size_text
 from artifex.training.state import Blueprint, TrainState, blueprint, planned
 from artifex.training.step import Batch, Metrics, make_step
 
@@ -74,7 +74,13 @@ def compile_step(blue: Blueprint, shapes: Shapes, *, lowered: Any = None, option
     """
     lowered = make_step(blue).lower(blue.state, placed_batch(blue, shapes)) if lowered is None else lowered
     with explained("the training step does not compile into a device's memory"), laid_out_anew() as anew:
-        compiled = lowered.compile(compiler_options=options)
+        try:
+            compiled = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if unknown := re.search(r"No such compile option: ('\w+')", str(error)):
+                says = f"this XLA has no option {unknown[1]}, which `collectives` sets (jax {jax.__version__})"
+                raise ValueError(f"{says}; leave the wish out") from error
+            raise
     used = compiled.memory_analysis()
     if used is None:
         return CompiledStep(compiled, blue, shapes, 0, 0, tuple(anew))

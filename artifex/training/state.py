@@ -20,7 +20,8 @@ from artifex.models.staged import Stack
 from artifex.models.weights_config import section_of
 from artifex.optim import inputs_of, make_optimizer
 from artifex.scaling import placement
-from artifex.scaling.execution import Execution, execution
+from artifex.scaling.collectives import Settings, settings
+from artifex.scaling.execution import Execution, execution, platform_of
 from artifex.scaling.fits import check_fits
 from artifex.scaling.plan import Plan
 from artifex.training import freezing
@@ -102,6 +103,11 @@ class Blueprint:
         how = self.config.training
         dtypes = {"compute_dtype": how.compute_dtype, "reduce_dtype": how.reduce_dtype}
         return self.plan.execution(self.mesh, unroll=how.unroll, attention=how.attention, **dtypes)
+
+    @property
+    def collectives(self) -> Settings:
+        """What the platform makes of the configuration's wishes about how devices talk."""
+        return settings(self.config.collectives, platform_of(self.mesh), self.mesh)
 
     @property
     def running(self) -> Execution:

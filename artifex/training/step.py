@@ -59,7 +59,8 @@ def make_step(blue: Blueprint) -> Callable[[TrainState, Batch], tuple[TrainState
 
     whole = NamedSharding(blue.mesh, PartitionSpec())
     # pinned: XLA would change the layout of some outputs, and a resumed run would no longer be bitwise equal
-    return jax.jit(step, donate_argnums=0, out_shardings=(blue.shardings, whole))
+    options = dict(blue.collectives.options) or None
+    return jax.jit(step, donate_argnums=0, out_shardings=(blue.shardings, whole), compiler_options=options)
 
 
 def _gradients(blue: Blueprint) -> Callable:
@@ -122,5 +123,5 @@ def make_evaluate(blue: Blueprint) -> Callable[..., Metrics]:
         weight = metrics.pop("weight")
         return {name: value * weight for name, value in (metrics | {"loss": mean}).items()} | {"weight": weight}
 
-    compiled = jax.jit(evaluate)
+    compiled = jax.jit(evaluate, compiler_options=dict(blue.collectives.options) or None)
     return lambda state, batch, index=0: compiled(state.weights, state.weights_buffers, batch, np.int32(index))
