@@ -292,11 +292,13 @@ def begin_folder(run: Run, metrics: Any) -> None:
     """Make the folder that of this run, once its first step is computed: until then a start can fail."""
     import jax
 
+    from artifex.training.run_folder import check_seen
+
     jax.block_until_ready(metrics)
     run.checkpoints.set_aside(run.start + 1)
     run.folder.begin(run.config, run.start)
     run.task.save_beside(run.folder.path)
-    run.folder.check_shared()
+    check_seen(run.folder.config)
 
 
 def make_validate(run: Run) -> Callable[..., tuple[dict[str, float], float]]:

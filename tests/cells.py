@@ -25,6 +25,7 @@ from artifex import models, train
 from artifex.config import Config
 from artifex.models.diffusion.config import DiffusionConfig
 from artifex.models.diffusion.networks import MMDiTConfig
+from artifex.scaling.compiler_log import laid_out_anew
 from artifex.scaling.placement import bytes_on_device
 from artifex.training.run_folder import RunFolder
 from artifex.training.state import Blueprint, blueprint
@@ -106,6 +107,7 @@ class Training:
     argument_bytes: int
     temporary_bytes: int
     placed_bytes: int  # of state and batch on one device, by their shardings
+    anew: tuple[str, ...]  # what XLA warns that it lays out anew by giving all of it to every device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +124,7 @@ class Cell:
     temporary: float | None = None  # likewise of bytes
     argument_bytes: int | None = None
     placed_bytes: int | None = None
+    anew: tuple[str, ...] = ()  # as in `Training`
 
 
 @contextlib.contextmanager
@@ -170,7 +173,8 @@ def trained(blue: Blueprint) -> Training:
     """Five steps."""
     data = batches(blue.config)
     shapes = shapes_of(blue, data[0])
-    step = make_step(blue).lower(blue.state, shapes).compile()
+    with laid_out_anew() as anew:
+        step = make_step(blue).lower(blue.state, shapes).compile()
     used = step.memory_analysis()
     state, losses, gradient = blue.init(), [], None
     for batch in data:
@@ -185,6 +189,7 @@ def trained(blue: Blueprint) -> Training:
         used.argument_size_in_bytes,
         used.temp_size_in_bytes,
         bytes_on_device((blue.state, shapes)),
+        tuple(anew),
     )
 
 
@@ -235,6 +240,7 @@ def cell(family: str, strategy: str) -> Cell:
         spread.temporary_bytes / one.temporary_bytes,
         spread.argument_bytes,
         spread.placed_bytes,
+        spread.anew,
     )
 
 

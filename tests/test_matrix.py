@@ -78,6 +78,7 @@ def test_eight_devices_train_as_one(family, strategy):
     assert cell.argument_bytes == cell.placed_bytes, "state and batch, to the byte"
     assert cell.work < most_work(family, strategy), cell
     assert cell.temporary < 1, cell
+    assert cell.anew == (), cell
 
 
 @pytest.mark.parametrize(

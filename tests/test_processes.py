@@ -13,15 +13,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file
 
 import artifex
 from artifex import sample, train
 from artifex.cli import parse_train
-from artifex.models.weights import from_pretrained
+from artifex.config import Config
+from artifex.models.weights import from_pretrained, save_pretrained
 from artifex.scaling.manifest import CheckpointError
 from artifex.training import run_folder
-from artifex.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"embed_dim": 32, "num_layers": 4, "num_heads": 8, "num_kv_heads": 4, "mlp_dim": 64, "sequence_length": 64}
@@ -162,12 +163,12 @@ def test_processes_that_were_asked_for_different_runs_both_end_and_say_so(folder
 
 def test_a_folder_that_another_process_does_not_see_is_an_error_on_all(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
-    RunFolder(tmp_path).check_shared()
+    run_folder.check_seen(tmp_path / "config.json")
     monkeypatch.setattr(run_folder, "all_say", lambda sees: [sees, False, sees, False])
     with pytest.raises(
         CheckpointError, match="which process 0 wrote, is not seen by process 1, 3; give a --run-dir on"
     ):
-        RunFolder(tmp_path).check_shared()
+        run_folder.check_seen(tmp_path / "config.json")
 
 
 # ---- longer
@@ -345,3 +346,38 @@ def test_images_are_drawn_and_scored_over_processes(tmp_path):
         path.name for path in (tmp_path / "both" / "samples").iterdir()
     )
     from_pretrained(tmp_path / "both" / "weights")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [["--device.fsdp", "8"], ["--device.fsdp", "2", "--device.tensor", "4"]])
+def test_latents_that_two_processes_cached_are_those_of_one(layout, tmp_path):
+    images = (np.random.default_rng(0).random((90, 8, 8, 1)) * 255).astype(np.uint8)
+    np.savez(tmp_path / "images.npz", images=images, labels=np.arange(90) % 10)
+    small = {"block_channels": [8, 8], "mid_attention": False}
+    sections = {
+        "model": {
+            "name": "latent-dit-digits",
+            "network": {"embed_dim": 16, "num_layers": 1, "num_heads": 4},
+            "autoencoder": {**small, "latent_shift": None, "latent_scale": None},
+            "autoencoder_weights": str(tmp_path / "kl"),
+            "sampling_steps": 2,
+        },
+        "data": {"source": "images.npz", "validation_fraction": 0.2, "flip": True, "cache_latents": True},
+        "training": {"steps": 2, "batch_size": 16, "validate_every": 1, "score_images": 0, "sample_images": 0},
+        "optimizer": {"name": "adamw", "warmup_steps": 1},
+        "logging": {"every": 1, "progress": False},
+    }
+    (tmp_path / "c.json").write_text(json.dumps(sections))
+    kl = Config.from_dict({"model": {"name": "kl-digits", **small}, "data": {"source": "digits"}}).model.spec()
+    save_pretrained(tmp_path / "kl", "kl-digits", kl, nnx.to_pure_dict(nnx.state(kl.build(nnx.Rngs(0)))))
+    with Together(2, 4, ["c.json", "--run-dir", "both", *layout], folder=tmp_path) as them:
+        ended = them.ended(300)
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    one = in_one(tmp_path, tmp_path / "one", layout)
+    assert sorted(file.name for file in (one / "cache").iterdir()) == sorted(
+        file.name for file in (tmp_path / "both" / "cache").iterdir()
+    )
+    for file in (one / "cache").iterdir():
+        theirs = np.load(tmp_path / "both" / "cache" / file.name)
+        np.testing.assert_allclose(theirs, np.load(file), rtol=1e-5, atol=1e-6)
+    close(losses(tmp_path / "both"), losses(one), within=1e-5)

@@ -77,8 +77,16 @@ class Communication:
         if not self.rows:
             return "the devices send each other nothing"
         head = ("mesh axes", "collective", "times", "a device sends")
+        groups: dict[tuple, set[int]] = {}  # how many devices take part, where that is not the same in all of a kind
+        for row in self.rows:
+            groups.setdefault(row.key[:2], set()).add(row.devices)
         body = [
-            (" x ".join(row.axes), row.kind, f"{row.bound} {row.times:,}".strip(), size_text(row.sent))
+            (
+                " x ".join(row.axes),
+                row.kind + (f" of {row.devices}" if len(groups[row.key[:2]]) > 1 else ""),
+                f"{row.bound} {row.times:,}".strip(),
+                size_text(row.sent),
+            )
             for row in self.rows
         ]
         table = [head, *body, ("in all", "", "", size_text(self.sent()))]

@@ -28,6 +28,20 @@ FIXED = {
 """What makes a run the run it is: changed, the saved steps would not be steps of this run. None: the whole section."""
 
 
+def check_seen(file: Path) -> None:
+    """Raise `CheckpointError`, on every process, where one does not see a file that the first has written."""
+    all_say(None)  # it has
+    until = time.monotonic() + SEEN
+    while not (sees := file.exists()) and time.monotonic() < until:
+        time.sleep(0.1)
+    blind = [process for process, sees in enumerate(all_say(sees)) if not sees]
+    if blind:
+        raise CheckpointError(
+            f"{file}, which process 0 wrote, is not seen by process {', '.join(map(str, blind))}; give a --run-dir on "
+            "a file system that all processes share"
+        )
+
+
 class RunFolder:
     """Everything a run writes below `path`; `weights/` and, last of all, `loss.png` at its end."""
 
@@ -66,19 +80,6 @@ class RunFolder:
         config.save(self.config)
         self.keep_metrics_up_to(step)
         self.picture.unlink(missing_ok=True)  # it is drawn last, so where it is nothing is missing
-
-    def check_shared(self) -> None:
-        """Raise `CheckpointError`, on every process, where one does not see what the first has written."""
-        all_say(None)  # it has
-        until = time.monotonic() + SEEN
-        while not (sees := self.config.exists()) and time.monotonic() < until:
-            time.sleep(0.1)
-        blind = [process for process, sees in enumerate(all_say(sees)) if not sees]
-        if blind:
-            raise CheckpointError(
-                f"{self.config}, which process 0 wrote, is not seen by process {', '.join(map(str, blind))}; give a "
-                "--run-dir on a file system that all processes share"
-            )
 
     def is_finished(self) -> bool:
         """Whether the run's last step left all it leaves: weights, and the curve, which is drawn after all else."""

@@ -114,7 +114,9 @@ def with_heads_of(query_BTNH: jax.Array, *keys_BSKH: jax.Array) -> tuple[Any, ..
     if axes.activation_axes("act_kv_heads", K) == axes.activation_axes("act_heads", N):
         return *keys_BSKH, "act_kv_heads"
     count = repeats(K, axes.ways(("act_heads",), (N,))[0])
-    return *(jnp.repeat(x, count, axis=2) for x in keys_BSKH), "act_heads"
+    # gathered before they are repeated: of a repeat XLA sees no dim that it could split as the heads are
+    lying = (axes.shard(x, "batch", "sequence", None, None, beside={"act_heads": N}) for x in keys_BSKH)
+    return *(jnp.repeat(x, count, axis=2) for x in lying), "act_heads"
 
 
 @contextlib.contextmanager
