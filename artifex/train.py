@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from artifex.training.task import Task
 
 
-@ending_at_once(": no step is lost, and the same command goes on")
+@ending_at_once(": nothing is lost, give the same command again")
 def main(argv: list[str] | None = None) -> None:
     """The command line. Exits with 2 and one line for anything the user can mend, with 1 for a run that failed, or that
     does not fit the target it was asked about, with 128 + its number for a signal: after the step, with everything

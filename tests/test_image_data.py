@@ -227,7 +227,7 @@ def test_a_dataset_saved_on_disk_is_read_by_its_library(tmp_path):
     [
         ("datasets", "saved by Hugging Face datasets: pip install datasets pillow"),
         ("PIL", r"PNG and JPEG files need Pillow: pip install pillow"),
-        ("sklearn", r"the digits need scikit-learn: pip install scikit-learn"),
+        ("sklearn", r"the digits need scikit-learn: pip install 'artifex\[images\]', or scikit-learn alone"),
     ],
 )
 def test_a_library_that_is_missing_is_named_with_its_command(tmp_path, monkeypatch, missing, needs):

@@ -315,6 +315,7 @@ def test_each_size_that_is_not_one_is_a_mesh_axis(count, sizes, layout):
         (8, {"fsdp": 2, "tensor": 2}, "fsdp=2, tensor=2 multiply to 4, .* 8 devices; set data=2 or data=-1"),
         (8, {"data": 4, "tensor": 3}, "multiply to 12, .* 8 devices; set tensor=2 or tensor=-1"),
         (8, {"data": 16}, "multiply to 16, .* set data=8 or data=-1"),
+        (8, {"tensor": 3}, "multiply to 3, .* set tensor=2 and data=-1, or tensor=-1"),
         (8, {"data": -1, "tensor": 3}, "product 3, which does not divide the 8 devices; set tensor=8"),
         (7, {"data": 2, "fsdp": 2, "tensor": 2}, "choose sizes whose product is 7"),
         (8, {"data": -1, "fsdp": -1}, "only one axis can take the rest; give data or fsdp a size"),

@@ -233,7 +233,7 @@ def test_a_signal_before_the_first_step_ends_the_command_and_leaves_no_folder(so
     began = time.monotonic()
     out, err = process.communicate(timeout=60)
     assert time.monotonic() - began < 2 and process.returncode == 130 and out == b""
-    assert err == b"stopped by SIGINT: no step is lost, and the same command goes on\n"
+    assert err == b"stopped by SIGINT: nothing is lost, give the same command again\n"
     assert not (tmp_path / "run").exists()
 
 

@@ -49,7 +49,9 @@ def read_digits() -> Source:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError(f"the digits need scikit-learn: pip install scikit-learn ({error})") from error
+        raise ImportError(
+            f"the digits need scikit-learn: pip install 'artifex[images]', or scikit-learn alone ({error})"
+        ) from error
     values, labels = load_digits(return_X_y=True)
     return Source(np.asarray(values).reshape(-1, 8, 8, 1).astype(np.uint8), np.asarray(labels), levels=17)
 
