@@ -30,6 +30,7 @@ def main() -> None:
     options.add_argument("--remat", default="full")
     options.add_argument("--optimizer", default="adamw")
     options.add_argument("--set", default="{}", help="JSON of sections that replace these")
+    options.add_argument("--compiler", default="{}", help="JSON of options of the compiler's own")
     options.add_argument("--text", type=pathlib.Path, help="write the compiled program here")
     args = options.parse_args()
     print(json.dumps(measured(args, target_of(args.target))))
@@ -74,7 +75,8 @@ def measured(args: argparse.Namespace, target: Target) -> dict[str, float | int 
     lowered = make_step(blue).lower(blue.state, placed_batch(blue, shapes))
     lowering, start = time.perf_counter() - start, time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        step = compile_step(blue, shapes, lowered=lowered, options=dump_options(target, folder))
+        chosen = (dump_options(target, folder) or {}) | json.loads(args.compiler)
+        step = compile_step(blue, shapes, lowered=lowered, options=chosen)
         compiling = time.perf_counter() - start
         if args.text is not None:
             args.text.write_text(program_text(step.compiled, target, folder), encoding="utf-8")
