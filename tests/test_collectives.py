@@ -33,6 +33,7 @@ class Device:
 
     id: int
     process_index: int
+    slice_index: int = 0
     platform: str = "gpu"
 
 
@@ -124,6 +125,13 @@ def test_hosts_whose_devices_are_not_neighbours_are_no_hierarchy():
     devices = [Device(number, number % 2) for number in range(8)]
     (line,) = wished(where=Mesh(np.array(devices, dtype=object), ("data",)), all_reduce="data=hierarchical").unmet
     assert "next to each other" in line
+
+
+def test_a_process_to_each_gpu_makes_no_host_of_each():
+    devices = [Device(number, process_index=number, slice_index=number // 4) for number in range(8)]
+    where = Mesh(np.array(devices, dtype=object), ("data",))
+    (found,) = wished(where=where, all_reduce="data=hierarchical").options.values()
+    assert found == 4
 
 
 def test_every_wish_without_a_setting_is_said():

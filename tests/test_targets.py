@@ -163,7 +163,8 @@ def test_a_tpu_has_one_kernel_for_rows_and_their_experts(tmp_path):
 V5E, V5P, H100 = "v5e:4x4", "v5p:4x4x4", "h100:2x8"
 GIB = {V5E: 16, V5P: 95, H100: 80}  # of a device
 LLAMA = "--data.sequence-length 2048 --model.sequence-length 2048"
-STEP = "--training.compute-dtype bfloat16 --training.remat full --optimizer.name adamw"
+STEP = "--training.compute-dtype bfloat16 --optimizer.name adamw"
+LEAN = f"--training.remat full {STEP}"
 RUNS = {  # name -> target, what is typed besides, GiB of a device that it needs at most
     "8B on 16 v5e": ("tpu:v5e:4x4", f"--model.name llama3-8b {LLAMA} --training.batch-size 64 --device.fsdp 16", 12),
     "8B on 16 v6e": ("tpu:v6e:4x4", f"--model.name llama3-8b {LLAMA} --training.batch-size 64 --device.fsdp 16", 31.25),
@@ -192,9 +193,9 @@ RUNS = {  # name -> target, what is typed besides, GiB of a device that it needs
 }
 
 
-def answer(target, words):
+def answer(target, words, step=LEAN):
     """What the command prints about a target, and its exit code."""
-    command = [sys.executable, "-m", "artifex.train", "--dry-run", "--target", target, *words.split(), *STEP.split()]
+    command = [sys.executable, "-m", "artifex.train", "--dry-run", "--target", target, *words.split(), *step.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2_000, check=False)
     assert done.stdout, done.stderr[-2_000:]
     return done.stdout, done.returncode
@@ -221,6 +222,32 @@ def test_a_run_that_no_gpu_holds_is_answered_with_figures():
     # 8.03e9 parameters of 12 bytes, whole on each: 89.75 GiB; eight share them
     assert code == 1 and "does not fit: parameters and optimizer state take 89.75 GiB on each device" in text
     assert "--device.fsdp=-1 leaves 11.22 GiB of it on each" in text
+
+
+TOO_LARGE = {
+    "8B on 8 H100, long rows": (
+        "gpu:h100:1x8",
+        "--model.name llama3-8b --data.sequence-length 8192 --training.batch-size 64 --device.fsdp 8",
+    ),
+    "1B on 16 v5e": (
+        "tpu:v5e:4x4",
+        "--model.name llama3.2-1b --data.sequence-length 2048 --training.batch-size 64 --device.fsdp 16",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [pytest.param(*run, id=name, marks=TPU if "tpu" in run[0] else GPU) for name, run in TOO_LARGE.items()],
+)
+def test_where_a_run_does_not_fit_what_is_proposed_does(target, words):
+    text, code = answer(target, words, STEP)
+    proposed = re.search(r"^(--.+) fits: its step, compiled, needs ([\d.]+ GiB)$", text, re.MULTILINE)
+    assert code == 1 and proposed and re.search(r"^does not fit: needs [\d.]+ GiB, a device has", text, re.MULTILINE), (
+        text
+    )
+    again, code = answer(target, f"{words} {proposed[1]}", STEP)
+    assert code == 0 and f"\nfits: {proposed[2]} of" in again, again
 
 
 UNIONS = [

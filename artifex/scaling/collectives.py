@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import operator
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -196,14 +197,14 @@ def _devices_of_a_host(mesh: Mesh, axis: str) -> int | str:
     """How many devices a host has, where `axis` has several on each of several hosts; else what keeps it from that."""
     import numpy as np
 
-    hosts = np.vectorize(_host, otypes=[object])(mesh.devices)
-    group = list(np.moveaxis(hosts, mesh.axis_names.index(axis), -1).reshape(-1, mesh.shape[axis])[0])
+    hosts = np.vectorize(_host_of(mesh), otypes=[int])(mesh.devices)
+    group = np.moveaxis(hosts, mesh.axis_names.index(axis), -1).reshape(-1, mesh.shape[axis])[0].tolist()
     each = set(Counter(group).values())
     if len(set(group)) == 1:
         return f"{axis} lies within a host"
     if each == {1}:
         return f"{axis} has one device of each host"
-    sizes = Counter(flat := list(hosts.ravel()))
+    sizes = Counter(flat := hosts.ravel().tolist())
     count = max(sizes.values())
     blocks = [set(flat[start : start + count]) for start in range(0, len(flat), count)]
     if len(set(sizes.values())) > 1 or len(each) > 1 or any(len(block) > 1 for block in blocks):
@@ -211,8 +212,11 @@ def _devices_of_a_host(mesh: Mesh, axis: str) -> int | str:
     return count
 
 
-def _host(device: Any) -> tuple[int, int]:
-    return getattr(device, "slice_index", None) or 0, device.process_index
+def _host_of(mesh: Mesh) -> Callable[[Any], int]:
+    """What tells the host of a device: its slice, which JAX numbers by host where a process has one GPU of several, or
+    else its process."""
+    slices = {getattr(device, "slice_index", None) for device in mesh.devices.flat}
+    return operator.attrgetter("slice_index" if len(slices) > 1 else "process_index")
 
 
 def _checked(wish: Any, names: Collection[str], what: str, example: str) -> dict[str, Any]:
