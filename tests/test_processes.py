@@ -270,6 +270,23 @@ def test_a_signal_to_one_process_saves_the_step_and_ends_both(folder, tmp_path):
     assert int(saved.name) % 5 == 0 and artifex.restore(run).step == int(saved.name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_signal_while_the_step_is_compiled_ends_both(stopped, folder, tmp_path):
+    words = ["c.json", "--run-dir", str(tmp_path / "run"), "--model.num-layers=64", "--training.unroll=64"]
+    with Together(2, 1, [*words, "--device.data=2"], folder=folder) as them:
+        assert "parameters" in them.processes[0].stdout.readline()
+        time.sleep(2)
+        them.processes[stopped].send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        ended = them.ended(60)
+        assert time.monotonic() - began < 10
+    assert [code for code, _, _ in ended] == [143, 143], ended
+    said = "stopped by SIGTERM: nothing is lost, give the same command again\n"
+    assert ended[stopped][2] == said and ended[1 - stopped][2] == f"error: process {stopped} has ended: {said}"
+    assert not (tmp_path / "run").exists()
+
+
 def elsewhere(folder, tmp_path, change):
     """Where each of two processes is started: the second beside data of its own."""
     other = tmp_path / "other"

@@ -217,6 +217,21 @@ def ending_together() -> Iterator[None]:
         watch.join()
 
 
+def tell_of_signal(said: str, code: int) -> None:
+    """Tell the others, from any thread, that this process is about to end by a signal: they end with `code`, each with
+    a line that says so. With one process nothing."""
+    if "jax" not in sys.modules:
+        return
+    from jax._src import distributed
+
+    state = distributed.global_state  # asks no device, which the main thread may be waiting for
+    if state.client is None or state.num_processes in (None, 1):
+        return
+    with contextlib.suppress(RuntimeError):  # another was faster
+        state.client.key_value_set(_FAILED, json.dumps([state.process_id, said, code]))
+        time.sleep(GRACE + 1 if state.process_id == 0 else 0)  # as in `_leave`
+
+
 def _leave(error: BaseException) -> None:
     """End this process by `error`, after the others were told."""
     import jax

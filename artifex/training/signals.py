@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from artifex.scaling import compiler_log
+from artifex.scaling import compiler_log, processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 APART = 1.0  # seconds; a terminal and the program that started this one may both pass on one Ctrl-C
@@ -29,6 +29,7 @@ class Stopped(SystemExit):
 @contextlib.contextmanager
 def ending_at_once(says: str = "") -> Iterator[None]:
     """Within it, a signal ends the process within a second, with code 128 + its number and one line: its name, `says`.
+    Of several processes the others end by it too, and the first, by which they hear of it, ends last.
 
     Python runs its handlers between two bytecodes of the main thread, and a compilation is one call of minutes. So a
     thread waits for the numbers that the handler in C writes to a pipe, and ends the process by itself, without a
@@ -115,4 +116,5 @@ def _end(sign: int, line: str) -> NoReturn:
         if os.isatty(2):
             os.write(2, b"\r\x1b[K\x1b[?25h")
         os.write(2, f"{line}\n".encode())
+    processes.tell_of_signal(line, 128 + sign)
     os._exit(128 + sign)
