@@ -16,7 +16,7 @@ import pytest
 from nbmake.nb_result import NotebookError, NotebookResult
 from nbmake.nb_run import NB_VERSION, NotebookRun
 
-EVERY_DAY = ("01_language_model.ipynb", "02_meshes_and_axes.ipynb")
+EVERY_DAY = ("02_meshes_and_axes.ipynb",)
 
 
 @pytest.hookimpl(tryfirst=True)

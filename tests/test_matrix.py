@@ -39,7 +39,6 @@ EVERY_DAY = [
     ("llama", "fsdp 2 x context 2 x tensor 2"),
     ("gpt2, dropout", "pipeline 2 x fsdp 4, interleaved"),
     ("mixture", "data 2 x expert 2 x tensor 2"),
-    ("MMDiT", "fsdp 8"),
     ("VAE", "fsdp 8"),
 ]
 

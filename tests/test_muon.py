@@ -98,6 +98,7 @@ def test_each_device_orthogonalises_its_share_of_a_stack():
     assert divided["flops"] < 0.18 * whole["flops"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 def test_no_optimizer_gathers_what_is_divided():
     """Under FSDP a step with Muon or Adafactor needs little beyond one with AdamW."""

@@ -124,6 +124,7 @@ def test_resuming_is_bitwise_with_a_codebook_that_no_gradient_reaches(tmp_path):
         assert (tree["quantizer"]["sums"] != whole.buffers["quantizer"]["sums"]).any()
 
 
+@pytest.mark.slow
 def test_the_frozen_autoencoder_is_the_trained_one_and_stays_it(kl, tmp_path):
     folder = train.train(config(LATENT | {"autoencoder_weights": str(kl / "weights")}), tmp_path / "latent")
     frozen = nnx.to_pure_dict(nnx.state(from_pretrained(folder / "weights").autoencoder))
@@ -134,6 +135,7 @@ def test_the_frozen_autoencoder_is_the_trained_one_and_stays_it(kl, tmp_path):
     assert drawn.shape == (3, 8, 8, 1)
 
 
+@pytest.mark.slow
 def test_a_latent_run_measures_shift_and_scale_of_its_training_images_and_keeps_them(kl, tmp_path, capsys):
     cfg = config(LATENT | {"autoencoder_weights": str(kl / "weights")}, 2)
     folder = train.train(cfg, tmp_path / "latent")

@@ -94,7 +94,13 @@ def trained(blue, steps: int):
     return state, losses, fresh
 
 
-@pytest.fixture(scope="module", params=ZOO)
+LIKE_OTHERS = ("kl-digits", "iddpm-digits", "edm-digits", "latent-dit-digits")  # whose every part another row trains
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_OTHERS)) for name in ZOO],
+)
 def alone(request):
     """The preset, trained on one device."""
     blue = on(request.param)

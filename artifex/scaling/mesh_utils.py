@@ -153,7 +153,7 @@ def _remedy(sizes: dict[str, int], device_count: int) -> str:
     part, the next smaller one that they have."""
     (axis, size), *more = sizes.items()
     smaller = [n for n in range(2, size) if device_count % n == 0]
-    if not more and smaller and size < device_count:
+    if not more and smaller and size < device_count and device_count % size:
         return f"set {axis}={smaller[-1]} and {'data' if axis != 'data' else 'fsdp'}=-1, or {axis}=-1"
     for axis in dict.fromkeys(("data", "fsdp", "tensor", *sizes)):
         others = math.prod(size for other, size in sizes.items() if other != axis and size != -1)

@@ -28,11 +28,11 @@ FIXED = {
 """What makes a run the run it is: changed, the saved steps would not be steps of this run. None: the whole section."""
 
 
-def check_seen(file: Path) -> None:
+def check_seen(file: str | Path) -> None:
     """Raise `CheckpointError`, on every process, where one does not see a file that the first has written."""
     all_say(None)  # it has
     until = time.monotonic() + SEEN
-    while not (sees := file.exists()) and time.monotonic() < until:
+    while not (sees := Path(file).exists()) and time.monotonic() < until:
         time.sleep(0.1)
     blind = [process for process, sees in enumerate(all_say(sees)) if not sees]
     if blind:
