@@ -69,6 +69,8 @@ def test_a_mapping_a_text_and_another_order_are_one_wish(kind):
         ({"fuse_mb": -1}, "collectives.fuse_mb must be in MB, from 0 to 1000000, got -1"),
         ({"fuse_mb": "all_reduce=nan"}, "collectives.fuse_mb must be in MB, from 0 to 1000000, got 'nan'"),
         ({"fuse_mb": True}, "collectives.fuse_mb must be in MB"),
+        ({"fuse_mb": 10**400}, "collectives.fuse_mb must be in MB"),
+        ({"all_reduce": {"data": ["ring"]}}, "collectives.all_reduce has \"data=['ring']\", which is unknown; "),
         ({"fuse_mb": "all_to_all=3"}, "collectives.fuse_mb has 'all_to_all', which is unknown; "),
         ({"overlap": "yes"}, "collectives.overlap must be 'auto', 'on' or 'off', got 'yes'"),
     ],

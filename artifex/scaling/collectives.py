@@ -239,7 +239,7 @@ def _checked(wish: Any, names: Collection[str], what: str, example: str) -> dict
 
 
 def _known(word: Any, words: Collection[str], before: str) -> None:
-    if word in words:
+    if isinstance(word, str) and word in words:
         return
     near = difflib.get_close_matches(str(word), words, n=1)
     hint = f"did you mean {before}{near[0]}?" if near else f"choose of {', '.join(words)}"
@@ -249,7 +249,7 @@ def _known(word: Any, words: Collection[str], before: str) -> None:
 def _megabytes(value: Any) -> str:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = -1.0
     if isinstance(value, bool) or not 0 <= number <= 1e6:
         raise ValueError(f"must be in MB, from 0 to 1000000, got {value!r}")
