@@ -25,7 +25,9 @@ INTRODUCTION = """\
 
 Every family by every strategy and union of strategies, each on eight simulated devices beside one device that computes
 the same microbatches. A cell is a run of {steps} steps by AdamW in float32, on the family's own data in the run's own
-order, {rows} rows a step, with dropout where the family has it, on models of width 32.
+order, {rows} rows a step, with dropout where the family has it, on models of width 32. Mixtures of
+experts read a text that is the same under every Python: where two experts suit a token equally well to the last digit,
+rounding chooses between them.
 
 A pair that does not go together is refused before anything is compiled; the notes below the first table say why. All
 others must have the loss of one device at each step within 1e-5 of it and the first gradient within 1e-4 by norm.

@@ -69,6 +69,8 @@ MMDIT = MMDiTConfig(
 
 INTERLEAVED = {"schedule": "interleaved", "stages_per_device": 2}
 # name -> the `device` section; eight devices in all
+MIXTURES = ("mixture", "mixture, capacity")
+
 STRATEGIES: dict[str, dict[str, Any]] = {
     "data 8": {"data": 8},
     "zero 1, data 8": {"data": 8, "zero": 1},
@@ -142,7 +144,7 @@ def config_of(family: str, device: dict[str, Any], parts: int) -> Config:
     return Config.from_dict(
         {
             "model": {"name": preset, **fields},
-            "data": {"source": "stdlib", "sequence_length": TOKENS} if text else {"source": "digits"},
+            "data": {"source": source(family), "sequence_length": TOKENS} if text else {"source": "digits"},
             "training": {"batch_size": ROWS, "gradient_accumulation": 1 if pipeline else parts, "steps": STEPS}
             # alone, a CPU would leave out tiles that no query sees
             | ({} if device else {"attention": "blockwise"}),
@@ -151,6 +153,12 @@ def config_of(family: str, device: dict[str, Any], parts: int) -> Config:
             "device": device | ({"microbatches": parts} if pipeline else {}),
         }
     )
+
+
+def source(family: str) -> str:
+    """What a family of text reads. Mixtures a text that is the same under every Python: where two experts are equally
+    good to the last digit, rounding chooses, and the library of 3.11.2 has such a token."""
+    return str(Path(__file__).parents[1] / "LICENSE") if family in MIXTURES else "stdlib"
 
 
 def batches(config: Config) -> list[dict[str, Any]]:

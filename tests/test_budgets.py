@@ -8,7 +8,7 @@ import budgets
 import pytest
 from test_targets import GPU, TPU, compiled
 
-from artifex.scaling.axes import Rules
+from artifex.config import DeviceConfig
 from artifex.scaling.communication import Communication, communication
 from artifex.scaling.mesh_utils import SIZE_AXES
 from artifex.scaling.plan import Plan
@@ -54,22 +54,21 @@ def sent_by(
     mesh = ",".join(f"{axis}={size}" for axis, size in sizes.items())
     how = ("--set", json.dumps(sections), "--compiler", json.dumps(compiler or {}))
     compiled(target, base, "--mesh", mesh, *shape, *how, "--text", str(folder / "step.txt"))
-    ordered = {axis: sizes[axis] for axis in SIZE_AXES if axis in sizes}
-    plan = Plan(tuple(ordered.values()), tuple(ordered), Rules())
+    plan = Plan.from_device(DeviceConfig(**dict(of.device)), 8)
     text = (folder / "step.txt").read_text(encoding="utf-8")
-    return communication(text, ordered), budgets.symbols_of(model, plan, **FOR_TARGETS), ordered
+    sends = communication(text, plan.sizes, plan.pipeline and plan.pipeline.taken)
+    return sends, budgets.symbols_of(model, plan, **FOR_TARGETS), plan.sizes
 
 
 @pytest.mark.slow
 @GPU
-@pytest.mark.parametrize(
-    "of", [each for each in budgets.BUDGETS if each.setting != "ring" and each.page != "pipeline"], ids=str
-)
+@pytest.mark.parametrize("of", budgets.BUDGETS, ids=str)
 def test_a_gpus_step_sends_what_the_page_says(of, tmp_path):
     sends, known, sizes = sent_by("h100:1x8", of, tmp_path)
     expected = budgets.allowed(of, sizes, known, cpu=False)
     found = {key: sends.sent(*key[0], kind=key[1]) for key in expected}
-    assert found == {key: pytest.approx(size, rel=0.01) for key, size in expected.items()}
+    most = 0.04 if of.setting == "ring" else 0.01  # of the 28 parts of a layer's keys that go round it sends 27
+    assert found == {key: pytest.approx(size, rel=most) for key, size in expected.items()}
     assert sends.sent() - math.fsum(found.values()) < 0.01 * sends.sent(), sends
 
 
@@ -79,9 +78,7 @@ PLAIN = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000, "xla_jf_crs
 
 @pytest.mark.slow
 @TPU
-@pytest.mark.parametrize(
-    "of", [each for each in budgets.BUDGETS if each.setting != "ring" and each.page != "pipeline"], ids=str
-)
+@pytest.mark.parametrize("of", [each for each in budgets.BUDGETS if each.setting != "ring"], ids=str)
 def test_a_tpus_step_sends_what_the_page_says(of, tmp_path):
     sends, known, sizes = sent_by("v5e:4x2", of, tmp_path, PLAIN)
     expected = budgets.allowed(of, sizes, known, cpu=False)
@@ -93,7 +90,7 @@ def test_a_tpus_step_sends_what_the_page_says(of, tmp_path):
             whole = sends.sent(*axes, kind="all-reduce")
             found[axes, kind] += whole / 2
             rest -= whole
-    most = 0.04 if of.setting in ("hybrid", "exchange") else 0.02
+    most = 0.07 if of.page == "pipeline" else 0.04 if of.setting in ("hybrid", "exchange") else 0.02
     assert found == {key: pytest.approx(size, rel=most) for key, size in expected.items()}
     assert rest < 0.015 * sends.sent(), sends
 

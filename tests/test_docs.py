@@ -213,8 +213,8 @@ def test_the_quickstarts_figures_are_above_those_of_the_compressors_on_this_pyth
     compressors = runpy.run_path(str(ROOT / "benchmarks/compressors.py"))["COMPRESSORS"]
     content = load_text("stdlib").validation.tobytes()
     for name, figure in zip(("xz -9e", "bz2", "gzip -9"), shown, strict=True):
-        # 0.02: another patch release has a few other bytes
-        assert figure == pytest.approx(8 * len(compressors[name](content)) / len(content), abs=0.02), name
+        # 0.04: other patch releases have other bytes, and Debian leaves modules out: 1.489 for xz on its 3.11.2
+        assert figure == pytest.approx(8 * len(compressors[name](content)) / len(content), abs=0.04), name
         assert ours < figure
 
 

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import cells
 import pytest
-from cells import FAMILIES, STRATEGIES
+from cells import FAMILIES, MIXTURES, STRATEGIES
 
 PAGE = Path(__file__).parents[1] / "docs/scaling/matrix.md"
 
 TRANSFORMERS = [*list(FAMILIES)[: list(FAMILIES).index("UNet")]]
 CONVOLUTIONS = ["UNet", "VAE", "VQ-VAE", "KL autoencoder"]
-MIXTURES = ["mixture", "mixture, capacity"]
 
 
 def refusal(family: str, strategy: str) -> str | None:
