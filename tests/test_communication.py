@@ -189,6 +189,28 @@ def test_a_tpus_asynchronous_collective_counts_once_and_its_fused_sum_is_a_reduc
     }
 
 
+def test_a_collective_that_goes_on_through_a_loop_inside_counts_once():
+    text = TPU.replace("\\\n", "")
+    line = next(line for line in text.splitlines() if line.startswith("  %fusion.829 = "))
+    inside = """
+%inside (inside.1: bf16[1,256,64]) -> bf16[1,256,64] {
+  %inside.1 = bf16[1,256,64]{1,2,0} parameter(0)
+  LINE
+  ROOT %copy.1 = bf16[1,256,64]{1,2,0} copy(%inside.1)
+}
+
+%goes_on (goes_on.1: bf16[1,256,64]) -> pred[] {
+  %goes_on.1 = bf16[1,256,64]{1,2,0} parameter(0)
+  ROOT %goes_on.2 = pred[] constant(true)
+}
+
+""".replace("LINE", line.strip().replace("%get-tuple-element.1", "%inside.1"))
+    loop = "  %while.9 = bf16[1,256,64]{1,2,0} while(%get-tuple-element.1), condition=%goes_on, body=%inside"
+    nested = inside.lstrip("\n") + text.lstrip("\n").replace(line, loop)
+    sizes = {"fsdp": 4, "tensor": 2}
+    assert communication(nested, sizes) == communication(text, sizes)
+
+
 # of the same for 8 H100, pipeline=4 and data=2, and fsdp=2 and tensor=4
 GPU = """
 ENTRY %main (a: bf16[1,1024,256], b: s32[1,1024], c: bf16[256,64,2], d: f32[9], e: bf16[16,8]) -> f32[9] {

@@ -19,7 +19,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -130,32 +130,38 @@ class _Walk:
     def of_entry(self) -> Iterator[Collective]:
         return self.of(self.program.entry, 1, "", ())
 
-    def of(self, computation: str, times: int, bound: Bound, taken: Sequence[int]) -> Iterator[Collective]:
-        """Those of a computation that runs so often; `taken` of its conditionals, where it is known."""
+    def of(
+        self, computation: str, times: int, bound: Bound, taken: Sequence[int], under: Collection[tuple] = ()
+    ) -> Iterator[Collective]:
+        """Those of a computation that runs so often; `taken` of its conditionals, where it is known; `under`: what
+        those around it have started."""
         conditionals = iter(taken)
-        started: set[tuple] = set()  # of what a TPU goes on with in several fusions
+        started = set(under)  # of what a TPU goes on with in several fusions, and through loops between them
         for one in self.program.computations[computation].values():
             if one.opcode == "while":
-                yield from self.of_loop(computation, one, times, bound)
+                yield from self.of_loop(computation, one, times, bound, started)
             elif one.opcode == "conditional":
                 yield from self.of_conditional(one, times, bound, next(conditionals, None))
             elif one.opcode == "fusion" and one.called:
                 yield from self.of_fusion(one.called, times, bound, started)
             elif one.opcode in ("call", "async-start") and one.called:
-                yield from self.of(one.called, times, bound, ())
+                yield from self.of(one.called, times, bound, (), started)
             elif (kind := one.opcode.removesuffix("-start")) in KINDS:
                 yield from self.of_one(computation, one, kind, times, bound)
 
-    def of_loop(self, computation: str, loop: Instruction, times: int, bound: Bound) -> Iterator[Collective]:
+    def of_loop(
+        self, computation: str, loop: Instruction, times: int, bound: Bound, started: Collection[tuple]
+    ) -> Iterator[Collective]:
         turns, body = self.program.turns(computation, loop), loop.attribute("body")
         assert body is not None, loop
         if turns is None:
-            yield from self.of(body, times, bound or "at least", ())
+            yield from self.of(body, times, bound or "at least", (), started)
             return
         inside = self.program.computations[body].values()
         count = sum(one.opcode == "conditional" for one in inside)
         known = self.taken.get(turns, ())
-        yield from self.of(body, times * turns, bound, [n * times for n in known] if len(known) == count else ())
+        known = [n * times for n in known] if len(known) == count else ()
+        yield from self.of(body, times * turns, bound, known, started)
 
     def of_conditional(self, one: Instruction, times: int, bound: Bound, second: int | None) -> Iterator[Collective]:
         if second is None or len(one.branches) != 2:
