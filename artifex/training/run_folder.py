@@ -154,7 +154,7 @@ class RunFolder:
         # the first steps fall from chance level and would flatten all that follows
         lows = [value for _, _, value in values if math.isfinite(value)]
         if lows:
-            later = sorted(lows)[: max(1, int(len(lows) * 0.97))]
+            later = sorted(lows)[: len(lows) - int(len(lows) * 0.03)]
             low, high = later[0], later[-1]
             if high > low:
                 axes.set_ylim(low - 0.06 * (high - low), high + 0.02 * (high - low))
