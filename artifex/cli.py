@@ -20,7 +20,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -136,15 +136,15 @@ def silence() -> None:
 def parse_train(argv: list[str] | None = None) -> TrainCommand:
     """Read the command line (None: the process's own). Exits with 0 after `--help`, with 2 for anything wrong."""
     with user_errors():
-        files, given = _split(sys.argv[1:] if argv is None else argv)
+        files, given = split(sys.argv[1:] if argv is None else argv)
         if len(files) > 1:
             raise ConfigError(f"there can be one CONFIG, got {' and '.join(files)}", source=SOURCE)
         file = files[0] if files else ""
         values = read_mapping(file) if files else {}
-        known = options(_model_name(values, given, file))
+        known = options(model_name(values, given, file))
         if "--help" in given:
             name = {flag: words for flag, words in given.items() if flag == "--model.name"}
-            print(format_help(_resolve(values, name, known, file), known))
+            print(format_help(resolve(values, name, known, file), known))
             raise SystemExit(0)
         flags = {flag: given.pop(flag, None) is not None for flag in FLAGS}
         default = f"runs/{Path(file).stem or 'quickstart'}"
@@ -153,7 +153,7 @@ def parse_train(argv: list[str] | None = None) -> TrainCommand:
             raise ConfigError("--run-dir is empty; name a folder", source=SOURCE)
         target, limit = _target(given, dry_run=flags["--dry-run"])
         start = start_of({flag: given.pop(flag) for flag in [*given] if flag in START})
-        config = _resolve(values, given, known, file)
+        config = resolve(values, given, known, file)
         return TrainCommand(
             config,
             Path(run_dir),
@@ -184,7 +184,7 @@ def start_of(given: Mapping[str, list[str]]) -> Start:
     values = {}
     for flag, words in given.items():
         option = START[flag]
-        values[option.key[-1]] = checked(_value(option, words), option.annotation, option.key)
+        values[option.key[-1]] = checked(value_typed(option, words), option.annotation, option.key)
     return Start(**values)
 
 
@@ -284,7 +284,7 @@ def _comments(family: type) -> dict[str, str]:
     return dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(family), re.MULTILINE))
 
 
-def _split(argv: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+def split(argv: list[str], flags: Collection[str] = tuple(FLAGS)) -> tuple[list[str], dict[str, list[str]]]:
     """Words that are no options, and option -> its words: what follows `=`, or the next word and integers after it."""
     files: list[str] = []
     given: dict[str, list[str]] = {}
@@ -299,7 +299,7 @@ def _split(argv: list[str]) -> tuple[list[str], dict[str, list[str]]]:
         if flag in given:
             raise ConfigError(f"{flag} is given twice; keep one of them", source=SOURCE)
         given[flag] = [value] if equals else []
-        if flag in FLAGS:
+        if flag in flags:
             if equals:
                 raise ConfigError(f"{flag} takes no value, got {value!r}", source=SOURCE)
         elif not equals:
@@ -311,7 +311,7 @@ def _split(argv: list[str]) -> tuple[list[str], dict[str, list[str]]]:
     return files, given
 
 
-def _model_name(values: Mapping[str, Any], given: Mapping[str, list[str]], file: str) -> str:
+def model_name(values: Mapping[str, Any], given: Mapping[str, list[str]], file: str) -> str:
     """The preset meant, known before anything else is read, as its family decides which options there are."""
     section = values.get("model", {})
     name = section.get("name", ModelConfig().name) if isinstance(section, Mapping) else ModelConfig().name
@@ -323,7 +323,7 @@ def _model_name(values: Mapping[str, Any], given: Mapping[str, list[str]], file:
         raise error.within("model", source=SOURCE if typed else file) from None
 
 
-def _resolve(values: Mapping[str, Any], given: Mapping[str, list[str]], known: list[Option], file: str) -> Config:
+def resolve(values: Mapping[str, Any], given: Mapping[str, list[str]], known: list[Option], file: str) -> Config:
     """The file's values, replaced by the given ones. An error is the file's where the file alone has it too."""
     by_flag = {option.flag: option for option in known}
     merged = copy.deepcopy(dict(values))
@@ -339,7 +339,7 @@ def _resolve(values: Mapping[str, Any], given: Mapping[str, list[str]], known: l
         for part in outer:
             target = target.setdefault(part, {}) if isinstance(target, dict) else None
         if isinstance(target, dict):  # a section that is none is refused below
-            target[name] = _value(option, words)
+            target[name] = value_typed(option, words)
     try:
         return Config.from_dict(merged)
     except ConfigError as error:
@@ -352,7 +352,7 @@ def _resolve(values: Mapping[str, Any], given: Mapping[str, list[str]], known: l
         raise error.within(source=SOURCE) from None
 
 
-def _value(option: Option, words: list[str]) -> Any:
+def value_typed(option: Option, words: list[str]) -> Any:
     """The typed words as a value of the option's kind, or as near to one as they are: the section checks it."""
     members = _members(option.annotation)
     if types.NoneType in members and words in (["none"], ["null"]):

@@ -26,6 +26,7 @@ from artifex.config_io import (
     write_mapping,
 )
 from artifex.config_model import ModelConfig
+from artifex.config_plan import with_plan
 from artifex.config_section import Int, Section
 from artifex.scaling.remat import canonical
 
@@ -257,7 +258,7 @@ class Config(Section):
     collectives: CollectivesConfig = Field(default_factory=CollectivesConfig)
 
     def __init__(self, /, **values: Any) -> None:
-        super().__init__(**values)
+        super().__init__(**with_plan(values))
         self.check()
 
     def check(self) -> None:

@@ -35,6 +35,7 @@ ALIASES = {
     "device.data": "dp data_parallel data_parallel_size num_devices num_gpus gpus devices",
     "device.tensor": "tp tensor_parallel tensor_parallel_size",
     "device.mesh_shape": "mesh",
+    "device.whole": "ignored_modules ignored_params ignored_states",
     "collectives.all_reduce": "collective_ops",
     "collectives.fuse_mb": "all_reduce_fusion bucket_cap_mb reduce_bucket_size",
     "collectives.overlap": "overlap_comm communication_overlap_strategy",

@@ -12,6 +12,9 @@ from artifex.config_section import Int, Section
 SIZES = ("data", "fsdp", "tensor", "expert", "context", "pipeline")
 """The fields that are numbers of devices."""
 
+DIVIDING = ("fsdp", "expert", "context", "pipeline")
+"""Those whose devices divide the dims of weights that nobody claims, as `data` does with `zero`."""
+
 
 class DeviceConfig(Section):
     """How the run is spread: a mesh shape, or the size of each strategy, or (by default) whatever the devices allow.
@@ -19,6 +22,26 @@ class DeviceConfig(Section):
     A `mesh_shape` that is no list or tuple of integers raises `ConfigTypeError`, which is a `TypeError`.
     """
 
+    plan: str | None = Field(
+        default=None,
+        min_length=1,
+        description="file of a plan (python -m artifex.plan), whose settings stand for this section and for "
+        "training.remat and training.gradient_accumulation",
+    )
+    auto_partition: bool = Field(
+        default=False, description="let the planner choose all that for the devices present, and print the plan"
+    )
+    partition_objective: Literal["throughput", "memory", "cost"] = Field(
+        default="throughput", description="with auto_partition: the shortest step, the least memory, or device time"
+    )
+    partition_search_space: str = Field(
+        default="mixed", min_length=1, description="with auto_partition: axes it may use, as in 'data,fsdp', or mixed"
+    )
+    partition_constraints: str | None = Field(
+        default=None,
+        min_length=1,
+        description="with auto_partition: 'max_memory_per_device=16GB,max_all_reduce_size=1GB', or one of them",
+    )
     mesh_shape: tuple[int, int] | None = Field(
         default=None,
         description="(batch, model): devices that divide the batch, and the model; their product is the device count",
@@ -66,6 +89,18 @@ class DeviceConfig(Section):
     fsdp_min_weight_size: Int = Field(
         default=0, ge=0, description="elements: fsdp leaves a weight whole of which no dim is this long; 0 divides all"
     )
+    whole: tuple[str, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="parameters that no axis divides unasked, by patterns of their paths, as in 'norm/*,embed/*'; "
+        "their heads, hidden units, experts and layers are divided all the same",
+    )
+
+    @field_validator("whole", mode="before")
+    @classmethod
+    def _patterns(cls, value: Any) -> Any:
+        """One pattern may stand alone; a list, as files have it, is a tuple."""
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
     @field_validator("mesh_shape", mode="before")
     @classmethod
@@ -87,8 +122,15 @@ class DeviceConfig(Section):
             raise ConfigError(f"must be at least 1, or -1 for all devices that are left, got {value}")
         return value
 
+    @field_validator("partition_constraints", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        """A mapping may stand for the text."""
+        return ",".join(f"{name}={size}" for name, size in value.items()) if isinstance(value, dict) else value
+
     @model_validator(mode="after")
     def _one_form(self) -> Self:
+        self._check_partition()
         sizes = {name: size for name in SIZES if (size := getattr(self, name)) != 1}
         rest = [name for name, size in sizes.items() if size == -1]
         if len(rest) > 1:
@@ -103,7 +145,22 @@ class DeviceConfig(Section):
                 f"is {self.context_attention!r}, but context is 1; give context a size, or leave it at 'ring'",
                 ("context_attention",),
             )
+        if self.whole and not self.zero and all(getattr(self, name) == 1 for name in DIVIDING):
+            raise ConfigError(
+                "has no effect: fsdp, expert, context and pipeline are 1 and zero is 0, so nothing is divided unasked; "
+                "give one of them a size, or leave it out",
+                ("whole",),
+            )
         return self._check_pipeline()
+
+    def _check_partition(self) -> None:
+        chosen = [name for name in SIZES if getattr(self, name) != 1]
+        if self.auto_partition and (self.mesh_shape is not None or chosen):
+            says = f"is true beside {chosen[0] if chosen else 'mesh_shape'}; leave one of them out"
+            raise ConfigError(says, ("auto_partition",))
+        for name in ("partition_objective", "partition_search_space", "partition_constraints"):
+            if not self.auto_partition and (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ConfigError(f"is {shown(value)}, but auto_partition is false; set it, or leave this out", (name,))
 
     def _check_pipeline(self) -> Self:
         settings = {"schedule": "1f1b", "stages_per_device": 1, "microbatches": None}

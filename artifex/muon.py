@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,34 +23,34 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x^3, x^5: steepest at 0 of tho
 STEPS = 5
 RMS = 0.2  # of an update, as AdamW's are: Liu et al. 2025 (arXiv:2502.16982), equation 4
 
-Layout = Callable[[tuple[int, ...], tuple[str, ...]], NamedSharding]
-"""Where an optimizer's array of this shape and these logical axes lives."""
+Matrix = tuple[tuple[str, ...], int, NamedSharding | None]
+"""Of a stack of matrices the logical axes, how many of the dims are inputs, and where it lives on a mesh."""
 
 
 def muon(
-    names: Any, inputs: Any, *, beta: float, adam_b1: float, adam_b2: float, eps: float, layout: Layout | None = None
+    names: Any, inputs: Any, *, beta: float, adam_b1: float, adam_b2: float, eps: float, shardings: Any = None
 ) -> optax.GradientTransformation:
     """Downhill at rate 1: Muon where `inputs`, a tree of numbers, is not 0, AdamW without decay for the rest.
 
-    `names`, the same tree, has the logical axes of each parameter. With `layout`, every device orthogonalises its share
-    of the matrices of a stack; without, all are at hand.
+    `names`, the same tree, has the logical axes of each parameter. With `shardings`, the same tree, every device
+    orthogonalises its share of the matrices of a stack; without, all are at hand.
     """
     labels = jax.tree.map(lambda count: "muon" if count else "adam", inputs)
     axes = jax.tree.leaves(names, is_leaf=lambda node: isinstance(node, tuple))
-    matrices = [pair for pair in zip(axes, jax.tree.leaves(inputs), strict=True) if pair[1]]
+    counts: list[int] = jax.tree.leaves(inputs)
+    where: list[NamedSharding | None] = [None] * len(counts) if shardings is None else jax.tree.leaves(shardings)
+    matrices = [each for each in zip(axes, counts, where, strict=True) if each[1]]
     return optax.partition(
         {
-            "muon": optax.chain(_orthogonal_momentum(matrices, beta, eps, layout), optax.scale(-1.0)),
+            "muon": optax.chain(_orthogonal_momentum(matrices, beta, eps), optax.scale(-1.0)),
             "adam": optax.adamw(1.0, b1=adam_b1, b2=adam_b2, eps=eps, weight_decay=0.0, nesterov=True),
         },
         labels,
     )
 
 
-def _orthogonal_momentum(
-    matrices: list[tuple[tuple[str, ...], int]], beta: float, eps: float, layout: Layout | None
-) -> optax.GradientTransformation:
-    """Nesterov's momentum, orthogonalised; `matrices` are the names and the input dims of each leaf, in order."""
+def _orthogonal_momentum(matrices: list[Matrix], beta: float, eps: float) -> optax.GradientTransformation:
+    """Nesterov's momentum, orthogonalised; `matrices` are those of each leaf, in order."""
 
     def init(params: Any) -> MuonState:
         # optax's own fields: a checkpoint of either opens with the other
@@ -68,8 +67,8 @@ def _orthogonal_momentum(
         found = [one(x, *of) for x, of in zip(leaves, matrices, strict=True)]
         return jax.tree.unflatten(tree, found), MuonState(count, momentum, state.ns_coeffs)
 
-    def one(x: jax.Array, names: tuple[str, ...], inputs: int) -> jax.Array:
-        own, where = x.shape[stacked(names) :], layout and layout(x.shape, names)
+    def one(x: jax.Array, names: tuple[str, ...], inputs: int, where: NamedSharding | None) -> jax.Array:
+        own = x.shape[stacked(names) :]
         longest = max(math.prod(own[:inputs]), math.prod(own[inputs:]))
         # unrolled on one device: the numbers are optax's to the last bit. A loop on a mesh: XLA would hold what several
         # steps make at once, on 8 CPU devices 4 times a device's share of the matrices, and compile long for a TPU

@@ -12,7 +12,7 @@ import optax
 from flax import nnx, traverse_util
 
 from artifex.config import OptimizerConfig
-from artifex.muon import Layout, muon
+from artifex.muon import muon
 from artifex.scaling.stacks import stacked
 
 
@@ -40,14 +40,14 @@ def inputs_of(params: nnx.State) -> Any:
 
 
 def make_optimizer(
-    cfg: OptimizerConfig, steps: int, names: Any, inputs: Any, layout: Layout | None = None
+    cfg: OptimizerConfig, steps: int, names: Any, inputs: Any, shardings: Any = None
 ) -> optax.GradientTransformation:
     """The optax chain for a tree of parameters whose logical axes are `names` (same tree, a tuple at each leaf).
 
     `inputs`, the same tree, is that of `inputs_of`: Muon (Jordan 2024) takes the matrices inside the model, with update
     sizes matched to AdamW's (Liu et al. 2025, arXiv:2502.16982); the rest goes to AdamW. Weight decay takes what has
     two dims or more and is no bias: kernels and tables. Repeated blocks and experts count as parameters of their own.
-    On a mesh, `layout` says where an array of the optimizer lives; the numbers are the same.
+    On a mesh, `shardings`, the same tree, says where the optimizer's arrays of each live; the numbers are the same.
     """
     rate = make_schedule(cfg, steps)
     decayed = _map_names(lambda path, axes: path[-1].key != "bias" and len(axes) - stacked(axes) > 1, names)
@@ -71,7 +71,7 @@ def make_optimizer(
             adam_b1=cfg.beta1,
             adam_b2=cfg.beta2,
             eps=cfg.eps,
-            layout=layout,
+            shardings=shardings,
         )
         chosen = optax.chain(
             direction,

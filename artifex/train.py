@@ -112,6 +112,7 @@ def open_run(config: Config, run_dir: str | Path, *, start_anew: bool = False) -
     from artifex.training.latent_cache import with_latents
     from artifex.training.latents import as_known, settle
     from artifex.training.memory import check_state, device_bytes, explained
+    from artifex.training.planning import partitioned
     from artifex.training.progress import Report
     from artifex.training.run_folder import RunFolder
     from artifex.training.spill import check as check_spill
@@ -120,6 +121,7 @@ def open_run(config: Config, run_dir: str | Path, *, start_anew: bool = False) -
     from artifex.training.task import open_task
 
     # configuration -> plan -> mesh: wrong sizes fail here, before data is read
+    config = partitioned(config, print if processes.is_first() else lambda line: None)
     plan = plan_of(config, jax.device_count())
     mesh = plan.make_mesh()
     plan.execution(mesh)  # refuses what its devices cannot do
@@ -376,15 +378,18 @@ def dry_run(config: Config) -> str:
 
     from artifex.scaling.placement import explain
     from artifex.training.memory import communication_table, compile_step, device_bytes, table
+    from artifex.training.planning import partitioned
     from artifex.training.state import blueprint
     from artifex.training.task import batch_shapes
 
+    chosen: list[str] = []
+    config = partitioned(config, chosen.append)
     plan = plan_of(config, jax.device_count())
     blue = blueprint(config, plan, plan.make_mesh())
     abstract = nnx.eval_shape(lambda: config.model.spec().build(nnx.Rngs(0)))
     step = compile_step(blue, batch_shapes(config))
     lines = ["memory per device:", *table(step, device_bytes()), *communication_table(step), *blue.collectives.lines]
-    return "\n".join([str(explain(abstract, plan, plan.sizes)), "", f"plan: {plan}", *lines])
+    return "\n".join([*chosen, str(explain(abstract, plan, plan.sizes)), "", f"plan: {plan}", *lines])
 
 
 if __name__ == "__main__":

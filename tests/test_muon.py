@@ -12,7 +12,7 @@ from optax.contrib import MuonDimensionNumbers
 from artifex.config import Config, OptimizerConfig
 from artifex.muon import muon
 from artifex.optim import make_optimizer
-from artifex.scaling.placement import layout, leaves_with_names
+from artifex.scaling.placement import shardings
 from artifex.scaling.plan import Plan
 from artifex.scaling.strategies import combine, strategies_for
 from artifex.training.state import blueprint
@@ -67,11 +67,10 @@ def compiled(device: dict[str, int], sizes: dict[str, int] = SIZES):
     """Muon's update compiled for a mesh, and its arguments placed there."""
     plan = Plan(tuple(device.values()), tuple(device), combine(strategies_for(tuple(device))))
     mesh = plan.make_mesh(jax.devices()[: plan.device_count])
-    place = functools.partial(layout, table=plan.rules.optimizer, rules=plan.rules, mesh=mesh)
     cfg = OptimizerConfig(name="muon", warmup_steps=0, learning_rate=1.0, clip_norm=None)
-    optimizer, params = make_optimizer(cfg, 10, NAMES, INPUTS, place), arrays(0, sizes)
-    where = [place(leaf.shape, names) for _, leaf, names in leaves_with_names(params, NAMES)]
-    where = jax.tree.unflatten(jax.tree.structure(params), where)
+    params = arrays(0, sizes)
+    where = shardings(params, params, NAMES, plan.rules, "optimizer", mesh)
+    optimizer = make_optimizer(cfg, 10, NAMES, INPUTS, where)
     params, gradients = jax.device_put((params, arrays(1, sizes)), (where, where))
     arguments = gradients, optimizer.init(params), params
     return jax.jit(optimizer.update, out_shardings=(where, None)).lower(*arguments).compile(), arguments

@@ -46,18 +46,20 @@ def directions() -> dict[str, tuple[set[str], set[str]]]:
         those_in(f"artifex.models.{path.parent.name}") for path in (ROOT / "artifex/models").glob("*/config.py")
     ]
     shared = models.difference(*families)
+    sections = {f"artifex.config_{module}" for module in ("device", "io", "section")}
     # train, sample and what else runs as `python -m`
     programs = {module for module in FILES if '__name__ == "__main__"' in FILES[module].read_text(encoding="utf-8")}
     return {
         "names import nothing": ({"artifex.scaling.names"}, set()),
-        "axes import names alone": (axes, {"artifex.scaling.names"}),
+        "rules import names alone": ({"artifex.scaling.rules"}, {"artifex.scaling.names"}),
+        "axes import names and rules alone": (axes, {"artifex.scaling.names", "artifex.scaling.rules"}),
         "layers import no other model": ({"artifex.models.layers"}, names | {"artifex.models.cpu"}),
         **{f"{min(family)} imports no other family": (family, family | shared | names) for family in families},
         "only the list of models imports families": (shared - {"artifex.models"}, shared | names),
         "models import names and execution of all scaling": (models, models | names),
         "scaling imports no model, data or training": (
             those_in("artifex.scaling"),
-            those_in("artifex.scaling") | {"artifex", "artifex.config"},
+            those_in("artifex.scaling") | {"artifex", "artifex.config", *sections},
         ),
         "nothing imports a program": (everything, everything - programs),
     }

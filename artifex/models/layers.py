@@ -7,6 +7,7 @@ Layers compute in the dtype of their parameters; norms and angles in float32.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -60,6 +61,11 @@ def buffer(value: jax.Array, *names: str, kind: type[Buffer] = Buffer) -> Buffer
     """A `Buffer`, or a `Statistic`, whose metadata names each dim of `value`, as `parameter` does."""
     axes.check_names(names, value.shape, "buffer")
     return kind(_strong(value), out_sharding=names, eager_sharding=False)
+
+
+def laid_as(weight: nnx.Variable) -> contextlib.AbstractContextManager[None]:
+    """Within it, code lays weights out as this one is, which a run may keep from being divided unasked."""
+    return axes.claimed_alone() if weight.get_metadata("whole", False) else contextlib.nullcontext()
 
 
 def freeze(module: nnx.Module) -> nnx.Module:
@@ -208,7 +214,8 @@ class Embed(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Rows (..., D) for integer `ids` (...); NaN where an id is not in [0, count)."""
-        return self.take(self.table[...], ids)
+        with laid_as(self.table):
+            return self.take(self.table[...], ids)
 
 
 class RMSNorm(nnx.Module):

@@ -1,4 +1,4 @@
-"""Logical axes: the rules that map them to mesh axes, their strict resolution, and the layout of activations by them.
+"""Logical axes: their strict resolution by rules, and the layout of activations by them.
 
 A model names every dim of every parameter and of every activation at a block boundary. `Rules` says which mesh axes a
 name is split over, `resolve` turns names + shape + rules + mesh sizes into a `PartitionSpec`, once, and `explain`
@@ -14,139 +14,15 @@ import contextvars
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from artifex.scaling.names import (
-    ACTIVATION_AXES,
-    SHARED_BY_STRATEGIES,
-    WEIGHT_AXES,
-    Names,
-    check_name,
-    check_names,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """`name` is split over the mesh axes `axes`, in this order; `strategy` says who asked for it."""
-
-    name: str
-    axes: tuple[str, ...]
-    strategy: str
-
-    def __str__(self) -> str:
-        axes = "+".join(self.axes)
-        return f"{self.name} -> {axes}" + (f" ({self.strategy})" if self.strategy != axes else "")
-
-
-def _table(entries: Mapping[str, str | Sequence[str] | None], known: Iterable[str], strategy: str) -> tuple[Rule, ...]:
-    rules = []
-    for name, axes in entries.items():
-        check_name(name, known)
-        axes = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
-        if len(set(axes)) != len(axes):
-            raise ValueError(f"rule {name!r} -> {axes} of {strategy} names a mesh axis twice; name each once")
-        if axes:
-            rules.append(Rule(name, axes, strategy))
-    return tuple(rules)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """Which mesh axes each logical axis is split over: tables for parameters, gradients, optimizer, and activations.
-
-    Within a table the order is the priority: where two dims of one tensor ask for the same mesh axis, or two rules
-    speak of one dim, the earlier rule gets it. `min_weight_size` maps a mesh axis to the smallest size a weight must
-    have in at least one dim to be split over that axis at all.
-
-    Build one with `Rules.of`, combine with `union`; ZeRO-1, ZeRO-2 and FSDP differ only in their tables.
-    """
-
-    params: tuple[Rule, ...] = ()
-    gradients: tuple[Rule, ...] = ()
-    optimizer: tuple[Rule, ...] = ()
-    activations: tuple[Rule, ...] = ()
-    min_weight_size: tuple[tuple[str, int], ...] = ()
-
-    @classmethod
-    def of(
-        cls,
-        params: Mapping[str, Any] | None = None,
-        activations: Mapping[str, Any] | None = None,
-        *,
-        gradients: Mapping[str, Any] | None = None,
-        optimizer: Mapping[str, Any] | None = None,
-        min_weight_size: Mapping[str, int] | None = None,
-        strategy: str = "rules",
-    ) -> Rules:
-        """Tables from mappings name -> mesh axis, several, or None; those of gradients and optimizer are the
-        parameters' unless given."""
-        of_params = _table(params or {}, WEIGHT_AXES, strategy)
-        of_gradients = of_params if gradients is None else _table(gradients, WEIGHT_AXES, strategy)
-        of_optimizer = of_params if optimizer is None else _table(optimizer, WEIGHT_AXES, strategy)
-        of_activations = _table(activations or {}, ACTIVATION_AXES, strategy)
-        return cls(of_params, of_gradients, of_optimizer, of_activations, tuple((min_weight_size or {}).items()))
-
-    def union(self, other: Rules) -> Rules:
-        """Both rule sets together; `batch` and `sequence` are shared, and `sequence` comes last: what a layer computes
-        with goes before the stream between layers.
-
-        Raises `ValueError` for a name sent to two places, naming both strategies.
-        """
-        return Rules(
-            _union(self.params, other.params),
-            _union(self.gradients, other.gradients),
-            _union(self.optimizer, other.optimizer),
-            _union(self.activations, other.activations),
-            tuple((dict(self.min_weight_size) | dict(other.min_weight_size)).items()),
-        )
-
-    def by_rows(self) -> Rules:
-        """The rules with the mesh axes of `sequence` added to those of `batch`, but for those that split what is
-        computed with."""
-        axes_of = {rule.name: rule.axes for rule in self.activations}
-        busy = {axis for name, over in axes_of.items() if name not in SHARED_BY_STRATEGIES for axis in over}
-        more = [axis for axis in axes_of.get("sequence", ()) if axis not in busy]
-        over = tuple(dict.fromkeys((*axes_of.get("batch", ()), *more)))
-        rest = tuple(rule for rule in self.activations if rule.name not in SHARED_BY_STRATEGIES)
-        return dataclasses.replace(self, activations=(Rule("batch", over, "rows"), *rest) if over else rest)
-
-    def without(self, name: str) -> Rules:
-        """The rules but those for one logical axis."""
-        tables = ("params", "gradients", "optimizer", "activations")
-        kept = {table: tuple(rule for rule in getattr(self, table) if rule.name != name) for table in tables}
-        return dataclasses.replace(self, **kept)
-
-    @property
-    def everything(self) -> tuple[Rule, ...]:
-        """The parameter and the activation table as one: their names never meet."""
-        return self.params + self.activations
-
-    @property
-    def mesh_axes(self) -> tuple[str, ...]:
-        """Every mesh axis a rule names, in order of appearance."""
-        rules = self.params + self.gradients + self.optimizer + self.activations
-        return tuple(dict.fromkeys(axis for rule in rules for axis in rule.axes))
-
-
-def _union(first: tuple[Rule, ...], second: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    merged = {rule.name: rule for rule in first}
-    for rule in second:
-        have = merged.get(rule.name)
-        if have is None or have.axes == rule.axes:
-            merged[rule.name] = have or rule
-        elif rule.name in SHARED_BY_STRATEGIES:
-            axes = tuple(dict.fromkeys(have.axes + rule.axes))
-            merged[rule.name] = Rule(rule.name, axes, f"{have.strategy}+{rule.strategy}")
-        else:
-            raise ValueError(
-                f"logical axis {rule.name!r} is sent to two places: {have.strategy} maps it to {have.axes}, "
-                f"{rule.strategy} to {rule.axes}; leave one of the two strategies out or give them one mesh axis"
-            )
-    return tuple(sorted(merged.values(), key=lambda rule: rule.name == "sequence"))
+# the two with `as` are read from here: `axes.check_name`
+from artifex.scaling.names import ACTIVATION_AXES as ACTIVATION_AXES
+from artifex.scaling.names import WEIGHT_AXES, Names, check_names
+from artifex.scaling.names import check_name as check_name
+from artifex.scaling.rules import Rule, Rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,9 +39,9 @@ class Resolution:
         return math.prod(mesh_sizes[axis] for axis in axes)
 
 
-def mesh_sizes(mesh: Mesh | Mapping[str, int]) -> dict[str, int]:
+def mesh_sizes(mesh: Mesh | AbstractMesh | Mapping[str, int]) -> dict[str, int]:
     """Axis name -> size, of a mesh or of a plain mapping (no devices needed)."""
-    return dict(mesh.shape) if isinstance(mesh, Mesh) else dict(mesh)
+    return dict(mesh.shape) if isinstance(mesh, Mesh | AbstractMesh) else dict(mesh)
 
 
 def check_mesh(rules: Rules, mesh: Mesh | Mapping[str, int]) -> None:
@@ -262,6 +138,14 @@ def activated(layout: tuple[Rules, Mesh] | None) -> Iterator[None]:
 def active() -> tuple[Rules, Mesh] | None:
     """The rules and the mesh that are active here, if any."""
     return _ACTIVE.get()
+
+
+@contextlib.contextmanager
+def claimed_alone() -> Iterator[None]:
+    """Within it, parameters are split by what is claimed alone, as one is that `Rules.whole` has."""
+    now = active()
+    with activated(now and (now[0].claimed, now[1])):
+        yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,13 +261,14 @@ def shard_parameter(x: jax.Array, *names: str | None, whole: Sequence[int] | Non
     return now.constrain(x, resolve(names, x.shape, now.rules.params, now.sizes, too_small).spec)
 
 
-def shard_gradient(x: jax.Array, *names: str | None) -> jax.Array:
-    """Constrain the gradient of a parameter to the layout that the rules give gradients; see `shard`."""
+def shard_gradient(x: jax.Array, *names: str | None, path: str) -> jax.Array:
+    """Constrain the gradient of the parameter at `path` to the layout that the rules give gradients; see `shard`."""
     check_names(names, x.shape, "gradient")
     now = layout()
     if now is None:
         return x
-    return now.constrain(x, resolve(names, x.shape, now.rules.gradients, now.sizes, now.rules.min_weight_size).spec)
+    rules = now.rules.of_path(path)
+    return now.constrain(x, resolve(names, x.shape, rules.gradients, now.sizes, rules.min_weight_size).spec)
 
 
 def ways(names: Names, shape: Sequence[int]) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from artifex.scaling import axes, remat
 
@@ -31,8 +31,11 @@ PLATFORMS: dict[str, Platform] = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu", "ro
 """What JAX calls a device's platform -> ours."""
 
 
-def platform_of(mesh: Mesh | None) -> Platform:
+def platform_of(mesh: Mesh | AbstractMesh | None) -> Platform:
     """The platform of a mesh's devices, there or not; without a mesh, that of JAX's first device."""
+    if isinstance(mesh, AbstractMesh):
+        assert mesh.abstract_device is not None, "a mesh of no devices says what they would be"
+        return PLATFORMS.get(mesh.abstract_device.platform, "gpu")
     name = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     return PLATFORMS.get(name, "gpu")
 

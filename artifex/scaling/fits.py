@@ -106,6 +106,7 @@ def _check_widths(plan: Plan, named: list) -> None:
 
 
 def _check_no_axis_idle(model: str, plan: Plan, named: list) -> None:
+    # without `Rules.whole`: axes that divide what nobody claims also divide rows, positions, experts or layers
     used = {axis for rule in plan.rules.activations if rule.name == "batch" for axis in rule.axes}
     for _, leaf, names in named:
         spec = resolve(names, leaf.shape, plan.rules.params, plan.sizes, plan.rules.min_weight_size).spec

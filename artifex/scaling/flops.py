@@ -48,7 +48,7 @@ def _of(equation: Any) -> Flops:
     if name == "scan":
         return flops(params["jaxpr"]).times(params["length"])
     if name == "while":
-        turns = _turns(equation)
+        turns = turns_of(equation)
         body = flops(params["body_jaxpr"])
         return body.times(turns) if turns is not None else body + Flops(0.0, 1 if body.total else 0)
     if name == "cond":
@@ -96,7 +96,7 @@ def _convolution(equation: Any) -> float:
 _PRODUCTS = {"dot_general": _dot, "ragged_dot_general": _ragged, "conv_general_dilated": _convolution}
 
 
-def _turns(equation: Any) -> int | None:
+def turns_of(equation: Any) -> int | None:
     """How often a loop runs that counts up by one to a number that the program names; None for any other."""
     condition, params = equation.params["cond_jaxpr"].jaxpr, equation.params
     if [one.primitive.name for one in condition.eqns] != ["lt"]:

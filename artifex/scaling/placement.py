@@ -6,7 +6,7 @@ import dataclasses
 import html
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from artifex.scaling.axes import Resolution, Rule, Rules, check_mesh, check_names, mesh_sizes, resolve
 from artifex.scaling.names import ACTIVATION_AXES
+from artifex.scaling.strategies.base import Table
 
 Tree = Any
 
@@ -45,11 +46,16 @@ def shapes_of(model: nnx.Module | nnx.State) -> Tree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), nnx.to_pure_dict(state))
 
 
+def path_of(keys: Iterable[Any]) -> str:
+    """The path of a leaf of nested dicts, "layers/mlp/up/kernel"."""
+    return "/".join(str(getattr(key, "key", key)) for key in keys)
+
+
 def leaves_with_names(tree: Tree, names: Tree) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
     """(path, leaf, names) for each leaf; `names` has the same tree with a tuple at each leaf."""
     named = jax.tree.leaves(names, is_leaf=lambda node: isinstance(node, tuple))
     for (path, leaf), axes in zip(jax.tree_util.tree_leaves_with_path(tree), named, strict=True):
-        yield "/".join(str(getattr(key, "key", key)) for key in path), leaf, axes
+        yield path_of(path), leaf, axes
 
 
 def sharding(
@@ -71,6 +77,16 @@ def layout(
 ) -> NamedSharding:
     """Where an array of this shape and these logical axes lives, by one table of `rules`."""
     return NamedSharding(mesh, resolve(names, shape, table, mesh_sizes(mesh), rules.min_weight_size).spec)
+
+
+def shardings(tree: Tree, like: Tree, names: Tree, rules: Rules, table: Table, mesh: Mesh) -> Tree:
+    """`sharding` of each array of a tree, which belongs to the parameter at its place in `like`, by its path."""
+
+    def place(keys: Any, leaf: Any, like: Any, names: tuple[str, ...]) -> NamedSharding:
+        own = rules.of_path(path_of(keys))
+        return sharding(leaf, like, names, getattr(own, table), own, mesh)
+
+    return jax.tree_util.tree_map_with_path(place, tree, like, names)
 
 
 def kept_names(shape: tuple[int, ...], full: tuple[int, ...], names: tuple[str, ...]) -> tuple[str, ...] | None:
@@ -191,12 +207,23 @@ def explain(model: nnx.Module | nnx.State, strategy: Any, mesh: Mesh | Mapping[s
     check_mesh(rules, sizes)
     rows = []
     for path, leaf, names in leaves_with_names(shapes_of(model), names_of(model)):
-        resolution = resolve(names, leaf.shape, rules.params, sizes, rules.min_weight_size)
+        resolution = _resolved(rules, path, names, leaf.shape, sizes)
         total = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
         share = total // resolution.shard_count(sizes)
         rows.append(Row(path, tuple(leaf.shape), names, resolution, total, share))
     over = ((rule.name, tuple(axis for axis in rule.axes if sizes[axis] > 1)) for rule in rules.activations)
     return Explanation(tuple(rows), sizes, tuple((name, axes) for name, axes in over if axes))
+
+
+def _resolved(
+    rules: Rules, path: str, names: tuple[str, ...], shape: tuple[int, ...], sizes: Mapping[str, int]
+) -> Resolution:
+    """What the rules make of the parameter at `path`, and a note where `Rules.whole` leaves a dim whole."""
+    every, own = (
+        resolve(names, shape, table, sizes, rules.min_weight_size)
+        for table in (rules.params, rules.of_path(path).params)
+    )
+    return every if own.spec == every.spec else dataclasses.replace(own, notes=(*own.notes, "device.whole says so"))
 
 
 def bytes_on_device(tree: Tree) -> int:

@@ -76,6 +76,7 @@ class Plan:
         shape, names = mesh_layout(device, device_count)
         how: dict[str, Any] = {"zero": device.zero, "sequence_parallel": device.sequence_parallel}
         rules = combine(strategies_for(names, fsdp_min_weight_size=device.fsdp_min_weight_size, **how))
+        rules = dataclasses.replace(rules, whole=device.whole or ())
         plan = cls(shape, names, rules, remat, microbatches, context_attention=device.context_attention)
         if plan.pipeline is None:
             return plan
@@ -99,6 +100,11 @@ class Plan:
         return self.rules.union(Rules.of(activations={"batch": self.pipeline_axis}, strategy="pipeline")).without(
             "layers"
         )
+
+    def of_path(self, path: str) -> Plan:
+        """The plan with its rules those for the parameter at `path`."""
+        rules = self.rules.of_path(path)
+        return self if rules is self.rules else dataclasses.replace(self, rules=rules)
 
     @property
     def pipeline_axis(self) -> str | None:
@@ -168,4 +174,5 @@ class Plan:
         mesh = " x ".join(f"{axis}={size}" for axis, size in self.sizes.items())
         micro = f", {self.microbatches} microbatches" if self.microbatches > 1 else ""
         stages = f", {self.pipeline}" if self.pipeline else ""
-        return f"mesh {mesh}, remat {self.remat}{micro}{stages}"
+        whole = f", whole {','.join(self.rules.whole)}" if self.rules.whole else ""
+        return f"mesh {mesh}, remat {self.remat}{micro}{stages}{whole}"

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from artifex.config import Config
 from artifex.scaling.targets import GiB, Target
 
 if TYPE_CHECKING:
+    from artifex.training.memory import CompiledStep
     from artifex.training.state import Blueprint
 
 CHILD = "from artifex.training.for_target import child; child()"
@@ -34,17 +35,21 @@ _SIZES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What the process said, and whether the run fits; False too where that did not turn out."""
+    """What the process said, and whether the run fits; False too where that did not turn out. `figures`: `bytes` of a
+    device in all, `sent` bytes by mesh axes, `compiler`, as far as they were found; `verdict` in words."""
 
     text: str
     fits: bool
+    figures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    verdict: str = ""
 
 
-def ask(config: Config, target: Target, seconds: float) -> Answer:
-    """Compile the step of `config` for `target`, for at most so many seconds. Raises `ValueError` where the settings do
+def ask(config: Config, target: Target, seconds: float, *, remedy: bool = True) -> Answer:
+    """Compile the step of `config` for `target`, for at most so many seconds; with `remedy` look for settings that fit
+    where it does not. Raises `ValueError` where the settings do
     not fit the number of its devices, and `ImportError` where its compiler is missing."""
     target.check_compiler()
-    request = json.dumps({"config": config.to_dict(), "target": target.name})
+    request = json.dumps({"config": config.to_dict(), "target": target.name, "remedy": remedy})
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+", encoding="utf-8") as log:
         said = Path(folder) / "said"
         said.touch()
@@ -73,7 +78,8 @@ def ask(config: Config, target: Target, seconds: float) -> Answer:
         found["verdict"] = f"no answer: {end}" + (f" ({last[0][:300]})" if last and "ended" in end else "")
     elif end:
         found["remedy"] = f"settings that fit were looked for: {end}"
-    return Answer("\n".join(str(found[part]) for part in FOUND if part in found), bool(found.get("fits")))
+    text = "\n".join(str(found[part]) for part in FOUND if part in found)
+    return Answer(text, bool(found.get("fits")), found.get("figures", {}), str(found.get("verdict", "")))
 
 
 def child() -> None:
@@ -87,7 +93,7 @@ def child() -> None:
             print(json.dumps(parts), file=file, flush=True)
 
         try:
-            examine(Config.from_dict(asked["config"]), Target.parse(asked["target"]), say)
+            examine(Config.from_dict(asked["config"]), Target.parse(asked["target"]), say, remedy=asked["remedy"])
         except (ValueError, ImportError, MemoryError) as error:
             say(error=str(error))
 
@@ -100,7 +106,7 @@ def end_with(asking: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def examine(config: Config, target: Target, say: Callable[..., None]) -> None:
+def examine(config: Config, target: Target, say: Callable[..., None], *, remedy: bool = True) -> None:
     """Compile the step of `config` for `target` and `say` what it takes: first what is known without compiling."""
     import jax
 
@@ -144,22 +150,34 @@ def examine(config: Config, target: Target, say: Callable[..., None]) -> None:
             step = compile_step(blue, shapes, lowered=lowered, options=dump_options(target, folder))
         except MemoryError as error:
             say(verdict=refused(error, target), took=_took(target, lowering, time.perf_counter() - start))
-            say(remedy=what_fits(unknown, have))
+            if remedy:
+                say(remedy=what_fits(unknown, have))
             return
         except jax.errors.JaxRuntimeError as error:
             say(verdict=f"does not compile: {str(error).splitlines()[0]}")
             return
         took = _took(target, lowering, time.perf_counter() - start)
         say(memory="\n".join(["memory per device:", *table(step, have)]), took=took)
-        if sends := communication_table(step, program_text(step.compiled, target, folder)):
+        text = program_text(step.compiled, target, folder)
+        if sends := communication_table(step, text):
             say(program="\n".join(sends))
+        say(figures=_figures(step, text, target))
     if have is None or step.whole <= have:
         share = "" if have is None else f" of {size_text(have)}, {step.whole / have:.0%}"
         say(verdict=f"fits: {size_text(step.whole)}{share}" + _simulated(target), fits=True)
         return
     short = f"needs {size_text(step.whole)}, a device has {size_text(have)}"
     say(verdict=f"does not fit: {short}" + _simulated(target))
-    say(remedy=what_fits(step, have))
+    if remedy:
+        say(remedy=what_fits(step, have))
+
+
+def _figures(step: CompiledStep, text: str, target: Target) -> dict[str, Any]:
+    sends = step.sends(text)
+    sent: dict[str, float] = {}
+    for row in sends.rows if sends is not None else ():
+        sent["+".join(row.axes)] = sent.get("+".join(row.axes), 0.0) + row.sent
+    return {"bytes": step.whole, "sent": sent, "compiler": target.compiler()}
 
 
 def state_table(blue: Blueprint, shapes: Any, have: int | None) -> list[str]:

@@ -19,15 +19,23 @@ def frozen_paths(paths: Iterable[str], patterns: Iterable[str]) -> frozenset[str
 
     Raises `ValueError` for a pattern that matches nothing, with the nearest path, and where nothing is left to train.
     """
-    known, frozen = list(paths), set()
+    known = list(paths)
+    frozen = matching(known, patterns, "training.freeze")
+    if frozen.issuperset(known):
+        raise ValueError(f"training.freeze matches all {len(known)} parameters, and nothing is left to train")
+    return frozen
+
+
+def matching(paths: Iterable[str], patterns: Iterable[str], setting: str) -> frozenset[str]:
+    """The `paths` that match one of the shell `patterns`. Raises `ValueError` for a pattern that matches nothing, with
+    the nearest path and the `setting` it is from."""
+    known, found = list(paths), set()
     for pattern in patterns:
         matched = fnmatch.filter(known, pattern)
         if not matched:
-            raise ValueError(f"training.freeze {pattern!r} matches no parameter; {_nearest(pattern, known)}")
-        frozen |= set(matched)
-    if frozen.issuperset(known):
-        raise ValueError(f"training.freeze matches all {len(known)} parameters, and nothing is left to train")
-    return frozenset(frozen)
+            raise ValueError(f"{setting} {pattern!r} matches no parameter; {_nearest(pattern, known)}")
+        found |= set(matched)
+    return frozenset(found)
 
 
 def split(tree: Tree, frozen: frozenset[str], under: str = "") -> tuple[Tree, Tree]:

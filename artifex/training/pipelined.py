@@ -18,6 +18,7 @@ from artifex.models.staged import Stack
 from artifex.scaling import axes
 from artifex.scaling.execution import execution
 from artifex.scaling.pipeline.executor import Parts, value_and_grad
+from artifex.scaling.placement import path_of
 from artifex.training import freezing
 from artifex.training.precision import in_dtype, model_in
 
@@ -38,9 +39,14 @@ def pipelined(blue: Blueprint) -> Callable[..., tuple[tuple[jax.Array, tuple[dic
     names_rest, names_stack = _cut(blue.split(blue.names)[0], stack.path)
 
     def lay_out(rest: Tree, pieces: Tree) -> tuple[Tree, Tree]:
-        lay = axes.shard_gradient
-        of_pieces = jax.tree.map(lambda leaf, names: lay(leaf, None, *names), pieces, names_stack)
-        return jax.tree.map(lambda leaf, names: lay(leaf, *names), rest, names_rest), of_pieces
+        def of_rest(keys: Any, leaf: jax.Array, names: axes.Names) -> jax.Array:
+            return axes.shard_gradient(leaf, *names, path=path_of(keys))
+
+        def of_piece(keys: Any, leaf: jax.Array, names: axes.Names) -> jax.Array:
+            return axes.shard_gradient(leaf, None, *names, path=path_of((*stack.path, *keys)))
+
+        of_pieces = jax.tree_util.tree_map_with_path(of_piece, pieces, names_stack)
+        return jax.tree_util.tree_map_with_path(of_rest, rest, names_rest), of_pieces
 
     of: dict[str, Any] = {"axis": blue.plan.pipeline_axis, "dtype": how.gradient_dtype, "lay_out": lay_out}
     parts = _parts(blue, stack, padded=bool(stack.count % schedule.stages))

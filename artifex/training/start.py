@@ -25,7 +25,7 @@ from artifex.scaling import manifest
 from artifex.scaling.checkpoints import Checkpoints, nested
 from artifex.training.frozen import fresh_state
 from artifex.training.restore import SavedStep, find_step
-from artifex.training.state import Blueprint, TrainState, frozen_of, within
+from artifex.training.state import Blueprint, TrainState, frozen_of, mark_whole, within
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]  # by path, "embed/table"
 
@@ -62,11 +62,12 @@ class Match:
 
 
 def check(config: Config) -> None:
-    """Raise what `start_state` and `training.freeze` would, before any data is read: `ValueError` for what does not
-    fit, by name, and `FileNotFoundError` where there are no weights."""
-    if config.training.start_from is None and not config.training.freeze:
+    """Raise what `start_state`, `training.freeze` and `device.whole` would, before any data is read: `ValueError` for
+    what does not fit, by name, and `FileNotFoundError` where there are no weights."""
+    if config.training.start_from is None and not config.training.freeze and not config.device.whole:
         return
     abstract = nnx.eval_shape(lambda: config.model.spec().build(nnx.Rngs(0)))
+    mark_whole(abstract, config.device.whole or ())
     _, trained, rest = nnx.split(abstract, nnx.Param, ...)
     frozen_of(config, trained)
     if config.training.start_from is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from artifex.models.staged import Stack
 from artifex.models.weights_config import section_of
 from artifex.optim import inputs_of, make_optimizer
 from artifex.scaling import placement
+from artifex.scaling.axes import Rules
 from artifex.scaling.collectives import Settings, settings
 from artifex.scaling.execution import Execution, execution, platform_of
 from artifex.scaling.fits import check_fits
@@ -91,11 +92,9 @@ class Blueprint:
         """Gradients of the parameters that are trained, where the plan's table of gradients puts them."""
         if self.mesh.size == 1:
             return gradients
-        rules, names = self.plan.rules, self.split(self.names)[0]
-        place = functools.partial(placement.layout, table=rules.gradients, rules=rules, mesh=self.mesh)
-        return jax.tree.map(
-            lambda leaf, axes: jax.lax.with_sharding_constraint(leaf, place(leaf.shape, axes)), gradients, names
-        )
+        names = self.split(self.names)[0]
+        where = placement.shardings(gradients, gradients, names, self.plan.rules, "gradients", self.mesh)
+        return jax.tree.map(jax.lax.with_sharding_constraint, gradients, where)
 
     @property
     def execution(self) -> Execution:
@@ -118,12 +117,13 @@ class Blueprint:
         """Parameters where `running` has them, in a function that is traced."""
         if self.plan.pipeline is None:
             return params
-        place = functools.partial(
-            placement.layout, table=self.plan.running.params, rules=self.plan.running, mesh=self.mesh
-        )
-        return jax.tree.map(
-            lambda leaf, axes: jax.lax.with_sharding_constraint(leaf, place(leaf.shape, axes)), params, self.names
-        )
+
+        def placed(keys: Any, leaf: jax.Array, names: tuple[str, ...]) -> jax.Array:
+            rules = self.plan.of_path(placement.path_of(keys)).running
+            where = placement.layout(leaf.shape, names, rules.params, rules, self.mesh)
+            return jax.lax.with_sharding_constraint(leaf, where)
+
+        return jax.tree_util.tree_map_with_path(placed, params, self.names)
 
     def loss(
         self, params: Any, buffers: Any, batch: Any, key: jax.Array | None, index: int | jax.Array = 0
@@ -243,30 +243,27 @@ def planned(config: Config, device_count: int) -> Plan:
 def blueprint(config: Config, plan: Plan, mesh: Mesh) -> Blueprint:
     """Build the model and its state abstractly and place every array by the plan's rules."""
     abstract = nnx.eval_shape(lambda: config.model.spec().build(nnx.Rngs(0)))
+    mark_whole(abstract, plan.rules.whole)
     graphdef, trained, rest = nnx.split(abstract, nnx.Param, ...)
     names, buffer_names = placement.names_of(trained), placement.names_of(rest)
     frozen = frozen_of(config, trained)
     names_trained, inputs = (freezing.split(tree, frozen)[0] for tree in (names, inputs_of(trained)))
     rules, whole = plan.rules, NamedSharding(mesh, PartitionSpec())
-    place = functools.partial(placement.sharding, rules=rules, mesh=mesh)
-    layout = functools.partial(placement.layout, table=rules.optimizer, rules=rules, mesh=mesh)
-    optimizer = make_optimizer(config.optimizer, config.training.steps, names_trained, inputs, layout)
+    place = functools.partial(placement.shardings, rules=rules, mesh=mesh)
+    shapes = freezing.split(placement.shapes_of(trained), frozen)[0]
+    where = place(shapes, shapes, names_trained, table="optimizer")
+    optimizer = make_optimizer(config.optimizer, config.training.steps, names_trained, inputs, where)
     state = jax.eval_shape(lambda: _fresh(config, optimizer, frozen))
     stack = getattr(abstract, "stack", None)
     check_fits(config.model.name, plan, state.params, names, None if stack is None else stack.count)
     placed = TrainState(
         step=whole,
-        params=jax.tree.map(functools.partial(place, table=rules.params), state.params, state.params, names),
-        buffers=jax.tree.map(functools.partial(place, table=rules.params), state.buffers, state.buffers, buffer_names),
-        optimizer=_place_optimizer(state, names, functools.partial(place, table=rules.optimizer), whole),
-        ema=state.ema and jax.tree.map(functools.partial(place, table=rules.optimizer), state.ema, state.params, names),
+        params=place(state.params, state.params, names, table="params"),
+        buffers=place(state.buffers, state.buffers, buffer_names, table="params"),
+        optimizer=_place_optimizer(state, names, rules, mesh),
+        ema=state.ema and place(state.ema, state.params, names, table="optimizer"),
         ema_buffers=state.ema_buffers
-        and jax.tree.map(
-            functools.partial(place, table=rules.optimizer),
-            state.ema_buffers,
-            state.ema_buffers,
-            within(buffer_names, state.ema_buffers),
-        ),
+        and place(state.ema_buffers, state.ema_buffers, within(buffer_names, state.ema_buffers), table="optimizer"),
         key=whole,
     )
     threshold = config.training.spill_threshold_mb
@@ -285,6 +282,16 @@ def frozen_of(config: Config, trained: nnx.State) -> frozenset[str]:
     return freezing.frozen_paths(paths, patterns) if patterns else frozenset()
 
 
+def mark_whole(model: nnx.Module, patterns: Sequence[str]) -> None:
+    """Let layers know which of their weights match `device.whole`, by metadata of the variable: `layers.laid_as`.
+
+    Raises `ValueError` for a pattern that matches none.
+    """
+    known = {"/".join(map(str, path)): leaf for path, leaf in nnx.iter_graph(model) if isinstance(leaf, nnx.Variable)}
+    for path in freezing.matching(known, patterns, "device.whole"):
+        known[path].set_metadata(whole=True)
+
+
 def _fresh(config: Config, optimizer: optax.GradientTransformation, frozen: frozenset[str]) -> TrainState:
     weights, noise = jax.random.split(jax.random.key(config.training.seed))
     model = config.model.spec().build(nnx.Rngs(weights))
@@ -298,7 +305,7 @@ def _fresh(config: Config, optimizer: optax.GradientTransformation, frozen: froz
     return TrainState(jnp.int32(0), params, buffers, moments, ema, ema_buffers, jax.random.key_data(noise))
 
 
-def _place_optimizer(state: TrainState, names: Any, place: Callable, whole: NamedSharding) -> Any:
+def _place_optimizer(state: TrainState, names: Any, rules: Rules, mesh: Mesh) -> Any:
     """A sharding for each array of the optimizer's state: a path that ends as a parameter's path belongs to it."""
     params = {
         tuple(path.split("/")): (leaf, axes) for path, leaf, axes in placement.leaves_with_names(state.params, names)
@@ -306,7 +313,10 @@ def _place_optimizer(state: TrainState, names: Any, place: Callable, whole: Name
 
     def place_leaf(path: Any, leaf: Any) -> NamedSharding:
         keys = tuple(str(getattr(key, "key", key)) for key in path)
-        owner = next((params[keys[start:]] for start in range(len(keys)) if keys[start:] in params), None)
-        return whole if owner is None else place(leaf, *owner)
+        owner = next((keys[start:] for start in range(len(keys)) if keys[start:] in params), None)
+        if owner is None:
+            return NamedSharding(mesh, PartitionSpec())
+        own = rules.of_path("/".join(owner))
+        return placement.sharding(leaf, *params[owner], own.optimizer, own, mesh)
 
     return jax.tree_util.tree_map_with_path(place_leaf, state.optimizer)

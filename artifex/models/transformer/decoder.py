@@ -198,7 +198,8 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Final norm, output head, and `artifex.models.cross_entropy.cross_entropy` of its logits."""
         cap = self.cfg.logit_softcap
-        return cross_entropy(self.norm(x_BTD), self.head_DV, targets_BT, mask_BT, softcap=cap, never=never)
+        with layers.laid_as(self.embed.table if self.cfg.tied_head else self.head.kernel):
+            return cross_entropy(self.norm(x_BTD), self.head_DV, targets_BT, mask_BT, softcap=cap, never=never)
 
     def loss(
         self, batch: dict[str, jax.Array], rngs: nnx.Rngs | None = None, *, index: int | jax.Array = 0

@@ -128,7 +128,7 @@ def with_the_rest(rules: Rules, strategies: Sequence[ShardingStrategy]) -> Rules
         dividing = [one for one in strategies if table in one.divides]
         axes = tuple(dict.fromkeys(one.axis_name for one in dividing))
         label = "+".join(dict.fromkeys(one.label for one in dividing))
-        rest = tuple(Rule(name, axes, label) for name in REST) if axes else ()
+        rest = tuple(Rule(name, axes, label, rest=True) for name in REST) if axes else ()
         tables[table] = getattr(rules, table) + rest
     return dataclasses.replace(rules, **tables)
 

@@ -1,0 +1,306 @@
+"""When each array of a step is made and last read, and so what a device must hold, loops and regions included.
+
+Elementwise operations are no arrays: compilers fuse them into what reads them, so that what they read lives longer
+instead. A fused result is written where something needs it as an array: a product, a collective, a loop, or several
+readers where it is dear to compute. What only what enters a body decides, such as its weights gathered, is made at its
+begin, and the sums of its gradients over devices are taken together at its end, as XLA's combiners have it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+from artifex.scaling.autodist.program import Block, Op, Value
+
+ALIASES = {"reshape", "squeeze", "expand_dims", "bitcast_convert_type", "sharding_constraint", "pvary", "name"}
+ALIASES |= {"optimization_barrier", "copy", "copy_p", "stop_gradient"}
+COLLECTIVES = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
+PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot"}
+OPAQUE = {
+    *PRODUCTS,
+    *COLLECTIVES,
+    *("sort", "top_k", "scatter-add", "scatter", "scatter_add", "scan", "while", "cond", "cumsum", "cumlogsumexp"),
+    *("psum", "psum_invariant", "pmax", "pmin", "all_gather", "all_to_all", "ppermute", "reduce_scatter"),
+    *("reduce_window_sum", "random_bits", "threefry2x32", "dynamic_update_slice", "pallas_call", "custom_call"),
+    *("dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper", "take_part", "concatenate", "relaid"),
+}
+DEAR = {
+    "exp",
+    "exp2",
+    "log",
+    "log1p",
+    "tanh",
+    "logistic",
+    "div",
+    "rsqrt",
+    "sqrt",
+    "pow",
+    "sin",
+    "cos",
+    "erf",
+    "erf_inv",
+}
+DEAR |= {"rem", "expm1", "atan2", "erfc", "lgamma", "digamma"}
+NOT_IN_PLACE = {*PRODUCTS, "sort", "all-gather", "gather", "relaid", "transpose", "collective-permute", "all-to-all"}
+
+
+@dataclasses.dataclass(slots=True)
+class Buffer:
+    """An array of a device: bytes, and its first and last moment."""
+
+    begin: int
+    end: int
+    size: float
+    what: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Live:
+    """All arrays of a step besides its arguments and results."""
+
+    buffers: tuple[Buffer, ...]
+    peak: float
+    at: str
+
+
+def live(program: Block, sizes: dict[str, int]) -> Live:
+    """Of a program with its collectives written in, on a mesh of `sizes`."""
+    clock = _Clock()
+    given = {id(value) for value in program.outs if value is not None}
+    _Body(program, sizes).play(clock, set(), given)
+    changes: dict[int, float] = {}
+    for one in clock.buffers:
+        changes[one.begin] = changes.get(one.begin, 0.0) + one.size
+        changes[one.end + 1] = changes.get(one.end + 1, 0.0) - one.size
+    now = most = 0.0
+    when = 0
+    for moment in sorted(changes):
+        now += changes[moment]
+        if now > most:
+            most, when = now, moment
+    return Live(tuple(clock.buffers), most, clock.says.get(when, ""))
+
+
+@dataclasses.dataclass
+class _Clock:
+    now: int = 0
+    buffers: list[Buffer] = dataclasses.field(default_factory=list)
+    says: dict[int, str] = dataclasses.field(default_factory=dict)
+    path: str = ""
+
+    def tick(self, name: str) -> int:
+        self.now += 1
+        self.says[self.now] = f"{self.path}{name}"
+        return self.now
+
+
+def flat(block: Block, alias: dict[int, Value]) -> Iterator[Op]:
+    """The operations of a block with those of its regions in their place; `alias` says which arrays are one."""
+    for op in block.ops:
+        if op.name != "shard_map":
+            yield op
+            continue
+        (inner,) = op.blocks
+        alias |= {id(inside): outside for inside, outside in zip(inner.ins, op.ins, strict=True) if outside is not None}
+        yield from flat(inner, alias)
+        alias |= {id(out): inside for out, inside in zip(op.outs, inner.outs, strict=True) if inside is not None}
+
+
+def relaid(ops: Iterable[Op]) -> Iterator[Op]:
+    """The operations, with a copy before each product of an operand whose dims stand in another order than the product
+    reads them in: rows x sums on the left, sums x columns on the right."""
+    made: dict[tuple, Value] = {}
+    for op in ops:
+        if op.name == "dot_general":
+            (summed, batch) = op.params["dimension_numbers"]
+            ins = list(op.ins)
+            for which in (0, 1):
+                value = ins[which]
+                if value is None:
+                    continue
+                rest = [d for d in range(len(value.shape)) if d not in summed[which] and d not in batch[which]]
+                order = (*batch[which], *rest, *summed[which]) if which == 0 else (*batch[which], *summed[which], *rest)
+                large = [d for d in order if value.shape[d] > 1]
+                if large == sorted(large):
+                    continue
+                key = (id(value), order)
+                if key not in made:
+                    shape, split = tuple(value.shape[d] for d in order), [value.split[d] for d in order]
+                    made[key] = Value(shape, value.itemsize, split)
+                    yield Op("relaid", [value], [made[key]], {}, [])
+                ins[which] = made[key]
+            op = Op(op.name, ins, op.outs, op.params, op.blocks)
+        yield op
+
+
+class _Body:
+    """A block, its operations in the order in which they run."""
+
+    def __init__(self, block: Block, sizes: dict[str, int]) -> None:
+        self.block, self.sizes = block, sizes
+        self.alias: dict[int, Value] = {}
+        ops = list(relaid(list(flat(block, self.alias))))
+        for op in ops:
+            if op.name in ALIASES:
+                for out, value in zip(op.outs, op.ins, strict=False):
+                    if value is not None and value.bytes(sizes) == out.bytes(sizes):
+                        self.alias[id(out)] = value
+        self.ops = self.ordered(ops)
+        self.made: dict[int, Op] = {}
+        self.readers: dict[int, list[Op]] = {}
+        self.of_id: dict[int, Value] = {}
+        for op in self.ops:
+            for out in op.outs:
+                if id(out) not in self.alias:
+                    self.made[id(out)] = op
+            for value in (*op.ins, *op.outs):
+                if value is not None:
+                    root = self.root(value)
+                    self.of_id[id(root)] = root
+            if op.name in ALIASES and all(id(out) in self.alias for out in op.outs):
+                continue
+            for value in op.ins:
+                if value is not None:
+                    self.readers.setdefault(id(self.root(value)), []).append(op)
+        self.out_ids = {id(self.root(value)) for value in block.outs if value is not None}
+        self._written: dict[int, bool] = {}
+        self._reads: dict[int, set[int]] = {}
+
+    def ordered(self, ops: list[Op]) -> list[Op]:
+        """Gathers of what enters first, sums that nothing here reads last."""
+        entering = {id(value) for value in self.block.ins}
+        light = ALIASES | {"convert_element_type", "transpose", "slice", "all-gather", "relaid"}
+        early, others, late = [], [], []
+        read = {id(self.root(value)) for op in ops for value in op.ins if value is not None}
+        for op in ops:
+            if op.name in light and all(value is None or id(self.root(value)) in entering for value in op.ins):
+                entering |= {id(self.root(out)) for out in op.outs}
+                early.append(op)
+            elif op.name in ("all-reduce", "reduce-scatter") and not any(id(self.root(out)) in read for out in op.outs):
+                late.append(op)
+            else:
+                others.append(op)
+        moved = {id(out) for op in late for out in op.outs}
+        behind = [op for op in others if any(value is not None and id(value) in moved for value in op.ins)]
+        return (
+            [*early, *(op for op in others if op not in behind), *late, *behind] if behind else [*early, *others, *late]
+        )
+
+    def root(self, value: Value) -> Value:
+        while id(value) in self.alias:
+            value = self.alias[id(value)]
+        return value
+
+    def written(self, value: Value) -> bool:
+        """Whether an array exists for it, or readers compute it."""
+        value = self.root(value)
+        key = id(value)
+        if key not in self._written:
+            self._written[key] = self._is_written(value)
+        return self._written[key]
+
+    def _is_written(self, value: Value) -> bool:
+        op = self.made.get(id(value))
+        if op is None or op.name in OPAQUE or op.name.startswith(("reduce_", "arg")) or op.name == "gather":
+            return True
+        if id(value) in self.out_ids:
+            return True
+        readers = self.readers.get(id(value), [])
+        if any(reader.name in OPAQUE for reader in readers):
+            return True
+        several = len({id(reader) for reader in readers}) > 1
+        return several and (op.name in DEAR or any(reader.name.startswith("reduce_") for reader in readers))
+
+    def reads(self, op: Op) -> set[int]:
+        """The arrays that an operation reads, through those that are fused into it."""
+        if id(op) in self._reads:
+            return self._reads[id(op)]
+        found: set[int] = set()
+        for value in op.ins:
+            if value is None:
+                continue
+            value = self.root(value)
+            if self.written(value):
+                found.add(id(value))
+            else:
+                found |= self.reads(self.made[id(value)])
+        self._reads[id(op)] = found
+        return found
+
+    def play(
+        self, clock: _Clock, owned: set[int], given: set[int], lent: frozenset[int] | set[int] = frozenset()
+    ) -> None:
+        """Let the clock tick through it. Arrays that nothing here makes are somebody else's, but for `owned`; the place
+        of those `lent` is free once they are read for the last time; room for those of `given` is there already."""
+        given = {id(self.root(value)) for value in self.block.outs if value is not None and id(value) in given}
+        writers = [op for op in self.ops if any(id(out) not in self.alias and self.written(out) for out in op.outs)]
+        last: dict[int, int] = {}
+        for index, op in enumerate(writers):
+            for key in self.reads(op):
+                last[key] = index
+        last |= dict.fromkeys(self.out_ids, len(writers))
+        held: dict[int, Buffer] = {}
+        ending: dict[int, list[Buffer]] = {}
+        for index, op in enumerate(writers):
+            now = clock.tick(op.name)
+            if op.name in OPAQUE:  # a part of a stack is cut out when it is first read as an array
+                for key in self.reads(op) & owned:
+                    if key not in held:
+                        value = self.of_id[key]
+                        held[key] = Buffer(now, now, value.bytes(self.sizes), "part of a stack")
+                        clock.buffers.append(held[key])
+                        ending.setdefault(last[key], []).append(held[key])
+            dying = {key: held[key] for key in self.reads(op) if key in held and last.get(key) == index}
+            free = [self.of_id[key].bytes(self.sizes) for key in self.reads(op) & lent if last.get(key) == index]
+            outs = [out for out in op.outs if id(out) not in self.alias and self.written(out)]
+            for out in sorted(outs, key=lambda out: -out.bytes(self.sizes)):
+                if id(out) in given:
+                    continue
+                size = out.bytes(self.sizes)
+                place = next((key for key, one in dying.items() if one.size == size), None)
+                if op.name not in NOT_IN_PLACE and size in free:
+                    free.remove(size)
+                    continue
+                if place is not None and op.name not in NOT_IN_PLACE:
+                    buffer = dying.pop(place)
+                    ending[index].remove(buffer)
+                else:
+                    buffer = Buffer(now, now, size, op.name)
+                    clock.buffers.append(buffer)
+                held[id(out)] = buffer
+                ending.setdefault(max(last.get(id(out), index), index), []).append(buffer)
+            self.inside(op, clock)
+            for buffer in ending.pop(index, ()):
+                buffer.end = clock.now
+        clock.tick("end")
+        for buffers in ending.values():
+            for buffer in buffers:
+                buffer.end = clock.now
+
+    def inside(self, op: Op, clock: _Clock) -> None:
+        """What an operation holds while it runs besides operands and results."""
+        if not op.blocks:
+            return
+        path, clock.path = clock.path, f"{clock.path}{op.name} > "
+        for block in op.blocks:
+            body = _Body(block, self.sizes)
+            owned: set[int] = set()
+            lent: set[int] = set()
+            stacked = {id(value) for value in block.outs if value is not None} if op.name == "cond" else set()
+            if op.name == "while":
+                lent = {id(body.root(value)) for value in block.ins[op.params["body_nconsts"] :]}
+            if op.name == "scan":
+                consts, carried = op.params["num_consts"], op.params["num_carry"]
+                owned = {id(body.root(value)) for value in block.ins[consts + carried :]}
+                lent = {id(body.root(value)) for value in block.ins[consts : consts + carried]}
+                for value in block.outs[carried:]:
+                    if value is None:
+                        continue
+                    maker = body.made.get(id(body.root(value)))
+                    opaque = maker is None or maker.name in OPAQUE
+                    read = any(reader.name in OPAQUE for reader in body.readers.get(id(body.root(value)), []))
+                    if not opaque and not read:
+                        stacked.add(id(value))
+            body.play(clock, owned, stacked, lent)
+        clock.path = path

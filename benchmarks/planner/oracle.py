@@ -1,0 +1,77 @@
+"""What XLA makes of the grid: every case compiled for 8 simulated devices, a JSON line each.
+
+    JAX_NUM_CPU_DEVICES=8 JAX_PLATFORMS=cpu python benchmarks/planner/oracle.py FAMILY COUNT FILE
+
+Cases that stand in FILE already are not compiled again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import grid
+
+
+def measured(case: dict[str, Any]) -> dict[str, Any]:
+    """Bytes of a device, what it sends by (axes, kind), and the FLOPs of all devices."""
+    import jax
+
+    from artifex.config import Config
+    from artifex.scaling.flops import flops
+    from artifex.training.memory import compile_step, placed_batch
+    from artifex.training.state import blueprint, planned
+    from artifex.training.step import make_step
+    from artifex.training.task import batch_shapes
+
+    config = Config.from_dict(case)
+    plan = planned(config, grid.DEVICES)
+    blue = blueprint(config, plan, plan.make_mesh(jax.devices("cpu")))
+    shapes = batch_shapes(config)
+    start = time.perf_counter()
+    traced = make_step(blue).trace(blue.state, placed_batch(blue, shapes))
+    step = compile_step(blue, shapes, lowered=traced.lower())
+    took = time.perf_counter() - start
+    used = step.compiled.memory_analysis()
+    sends = step.sends()
+    return {
+        "whole": step.whole,
+        "argument": used.argument_size_in_bytes,
+        "output": used.output_size_in_bytes,
+        "alias": used.alias_size_in_bytes,
+        "temp": used.temp_size_in_bytes,
+        "flops": flops(traced.jaxpr).total,
+        "sends": [["+".join(row.axes), row.kind, row.sent, row.bound] for row in sends.rows] if sends else [],
+        "anew": list(step.anew),
+        "seconds": took,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", choices=grid.FAMILIES)
+    parser.add_argument("count", type=int)
+    parser.add_argument("file", type=Path)
+    asked = parser.parse_args()
+    done = set()
+    if asked.file.exists():
+        done = {json.dumps(json.loads(line)["case"], sort_keys=True) for line in asked.file.read_text().splitlines()}
+    with asked.file.open("a", encoding="utf-8") as file:
+        for case in grid.sampled(asked.family, asked.count):
+            case = json.loads(json.dumps(case))
+            if json.dumps(case, sort_keys=True) in done:
+                continue
+            try:
+                found = measured(case)
+            except ValueError as error:
+                found = {"refused": str(error)}
+            print(json.dumps({"family": asked.family, "case": case, **found}), file=file, flush=True)
+
+
+if __name__ == "__main__":
+    main()
