@@ -1,4 +1,4 @@
-"""Which dims of an operation's operands and results are split alike: the part of a partitioner that knows operations."""
+"""Which dims of an operation's operands and results are split alike: what a partitioner knows of operations."""
 
 from __future__ import annotations
 

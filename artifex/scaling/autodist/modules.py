@@ -109,7 +109,7 @@ class ModuleSubject:
             shapes = jax.eval_shape(OPTIMIZER.init, self.params)
             moments = _map(place("optimizer"), self.params)
             own, others = (lambda _, where: where), (lambda _: whole)
-            kinds = optax.tree_map_params(OPTIMIZER, own, shapes, moments, transform_non_params=others)  # pyright: ignore
+            kinds = optax.tree_map_params(OPTIMIZER, own, shapes, moments, transform_non_params=others)  # pyright: ignore[reportCallIssue]
             state, where = (*state, _placed(shapes, kinds)), (*where, kinds)
         sizes = plan.sizes
         batch = {}

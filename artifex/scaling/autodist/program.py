@@ -191,6 +191,17 @@ def _without_dead(block: Block) -> None:
                     value if id(out) in used else None for value, out in zip(inner.outs, op.outs, strict=True)
                 ]
             _without_dead(inner)
+            if op.name == "scan":
+                _without_unread(op, inner)
         used |= {id(value) for value in op.ins if value is not None}
         kept.append(op)
     block.ops = kept[::-1]
+
+
+def _without_unread(loop: Op, body: Block) -> None:
+    """What enters a loop and is not read there is not read by it."""
+    read = {id(value) for op in body.ops for value in op.ins} | {id(value) for value in body.outs}
+    consts, carried = loop.params["num_consts"], loop.params["num_carry"]
+    for index, inside in enumerate(body.ins):
+        if not consts <= index < consts + carried and id(inside) not in read:
+            loop.ins[index] = None
