@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from artifex.config_io import ConfigError, ConfigTypeError, shown
 from artifex.config_section import Int, Section
 
-SIZES = ("data", "fsdp", "tensor", "expert", "context", "pipeline")
+SIZES = ("data", "replica", "fsdp", "tensor", "expert", "context", "pipeline")
 """The fields that are numbers of devices."""
 
 DIVIDING = ("fsdp", "expert", "context", "pipeline")
@@ -51,6 +51,11 @@ class DeviceConfig(Section):
     )
     data: Int = Field(
         default=1, description="devices that divide the batch, each with the whole model; 1 is off, -1 takes the rest"
+    )
+    replica: Int = Field(
+        default=1,
+        description="groups of data devices, which divide the batch too; what zero divides is divided in each group "
+        "alone, so more memory and less to send; 1 is off",
     )
     fsdp: Int = Field(
         default=1, description="devices that divide batch, weights and optimizer; 1 is off, -1 takes the rest"
@@ -138,6 +143,11 @@ class DeviceConfig(Section):
         if self.mesh_shape is not None and sizes:
             listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
             raise ConfigError(f"{self.mesh_shape} stands beside {listed}; give the shape or the sizes", ("mesh_shape",))
+        if self.replica != 1 and not self.zero:
+            says = (
+                f"is {self.replica}, but zero is 0, so that groups and data devices do the same; give data the product"
+            )
+            raise ConfigError(says, ("replica",))
         if self.zero and self.data == 1:
             raise ConfigError(f"is {self.zero}, but data is 1; give data a size, or leave zero at 0", ("zero",))
         if self.context_attention != "ring" and self.context == 1:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from artifex.config import DeviceConfig
     from artifex.scaling.sharding import ParallelismConfig
 
-SIZE_AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")
+SIZE_AXES = ("pipeline", "replica", "data", "fsdp", "expert", "context", "tensor")
 """The mesh axes a configuration sizes one by one, in mesh order: the chattiest last, on the nearest devices."""
 
 TWO_AXES = ("data", "model")

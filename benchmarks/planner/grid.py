@@ -85,7 +85,6 @@ def meshes(axes: tuple[str, ...], devices: int = DEVICES) -> Iterator[dict[str, 
 def cases(family: str) -> Iterator[dict[str, Any]]:
     """Every setting of a family: mesh x ZeRO x remat x microbatches, of those that divide."""
     of = FAMILIES[family]
-    text = of["model"]["name"].split("-")[0] in ("llama", "moe", "gemma2", "masked")
     for mesh in meshes(of["axes"]):
         ways = math.prod(size for axis, size in mesh.items() if axis in ("data", "fsdp", "expert"))
         zeros = (0, 1, 2) if "data" in mesh else (0,)
@@ -99,14 +98,25 @@ def cases(family: str) -> Iterator[dict[str, Any]]:
         for zero, remat, parts in itertools.product(zeros, remats, (1, 2, 4)):
             if of["rows"] % (ways * parts * (2 * mesh.get("pipeline", 1) if "pipeline" in mesh else 1)):
                 continue
-            device: dict[str, Any] = {**mesh, "zero": zero}
-            yield {
-                "model": of["model"],
-                "data": {"source": "stdlib" if text else "digits"} | ({"sequence_length": 256} if text else {}),
-                "optimizer": {"name": "adamw"},
-                "training": {"batch_size": of["rows"], "remat": remat, "gradient_accumulation": parts},
-                "device": device,
-            }
+            settings = {"device": {**mesh, "zero": zero}, "training": {"remat": remat, "gradient_accumulation": parts}}
+            yield case_of(family, settings)
+
+
+def case_of(family: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of one setting, `device` and `training`, of a family."""
+    of = FAMILIES[family]
+    return {
+        "model": of["model"],
+        "data": {"source": "stdlib", "sequence_length": 256} if is_text(family) else {"source": "digits"},
+        "optimizer": {"name": "adamw"},
+        "training": {"batch_size": of["rows"], **settings["training"]},
+        "device": settings["device"],
+    }
+
+
+def is_text(family: str) -> bool:
+    """Whether it learns from text."""
+    return family in ("llama", "moe", "gemma2", "masked")
 
 
 def sampled(family: str, count: int, seed: int = 0) -> list[dict[str, Any]]:

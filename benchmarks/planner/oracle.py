@@ -60,7 +60,9 @@ def main() -> None:
     asked = parser.parse_args()
     done = set()
     if asked.file.exists():
-        done = {json.dumps(json.loads(line)["case"], sort_keys=True) for line in asked.file.read_text().splitlines()}
+        rows = [json.loads(line) for line in asked.file.read_text(encoding="utf-8").splitlines()]
+        rows = [row for row in rows if row["family"] == asked.family]
+        done = {json.dumps(grid.case_of(asked.family, row["settings"]), sort_keys=True) for row in rows}
     with asked.file.open("a", encoding="utf-8") as file:
         for case in grid.sampled(asked.family, asked.count):
             case = json.loads(json.dumps(case))
@@ -70,7 +72,9 @@ def main() -> None:
                 found = measured(case)
             except ValueError as error:
                 found = {"refused": str(error)}
-            print(json.dumps({"family": asked.family, "case": case, **found}), file=file, flush=True)
+            training = {key: value for key, value in case["training"].items() if key != "batch_size"}
+            settings = {"device": case["device"], "training": training}
+            print(json.dumps({"family": asked.family, "settings": settings, **found}), file=file, flush=True)
 
 
 if __name__ == "__main__":

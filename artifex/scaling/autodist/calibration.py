@@ -1,4 +1,7 @@
-"""From the arrays that must exist to the bytes that a compiler takes: what its placement adds, by platform."""
+"""From the heap of the arrays that must exist to what a compiler takes: a factor by platform and kind of program.
+
+Fitted by `benchmarks/planner/score.py` on some families of models, and scored on the others: docs/scaling/planner.md.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,14 @@ from artifex.scaling.execution import Platform
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """own = factor * heap + constant."""
+    """`factor` times the heap; `convolving` of programs with convolutions, of whose operands a CPU keeps copies."""
 
     factor: float = 1.0
-    constant: float = 0.0
+    convolving: float = 1.0
 
-    def own(self, heap: float) -> float:
+    def own(self, heap: float, convolutions: bool) -> float:
         """Bytes that the step is predicted to take besides its arguments."""
-        return self.factor * heap + self.constant
+        return heap * (self.convolving if convolutions else self.factor)
 
 
 PLATFORMS: dict[Platform, Calibration] = {"cpu": Calibration(), "gpu": Calibration(), "tpu": Calibration()}

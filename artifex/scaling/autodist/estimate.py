@@ -22,6 +22,10 @@ from artifex.scaling.execution import Platform
 from artifex.scaling.plan import Plan
 
 
+TURN = 5e-5
+"""Seconds that one more microbatch costs, whatever it computes: a guess at its launches, so that ties go to fewer."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Traced:
     """A step that is traced and not compiled. `where`, `out`: the shardings of its arguments and of the first of its
@@ -47,6 +51,7 @@ class Estimate:
     flops: float
     sends: tuple[Sent, ...]
     seconds_of: Mapping[str, float]
+    convolutions: bool = False  # whether the step has some, which compilers place otherwise
 
     @property
     def state(self) -> int:
@@ -68,7 +73,23 @@ class Estimate:
         return sum(one.bytes * one.times for one in self.sends if not axes or set(one.axes) == set(axes))
 
 
-def estimate(traced: Traced, cluster: Cluster, calibration: Calibration | None = None) -> Estimate:
+@dataclasses.dataclass(frozen=True)
+class Coefficients:
+    """nnScaler's, where they are asked for, each in place of what is counted: bytes of optimizer state (`resident`)
+    and of an update besides (`transient_update`) to each byte of weights, and how many times the two largest arrays
+    of the busiest moment count (`transient`)."""
+
+    resident: float | None = None
+    transient_update: float | None = None
+    transient: float | None = None
+
+
+def estimate(
+    traced: Traced,
+    cluster: Cluster,
+    calibration: Calibration | None = None,
+    coefficients: Coefficients | None = None,
+) -> Estimate:
     """Of a traced step on `cluster`. Nothing overlaps in the time: compute, then what is sent over each set of axes."""
     sizes, schedule = traced.plan.sizes, traced.plan.pipeline
     taken = schedule.taken if schedule else None
@@ -78,13 +99,24 @@ def estimate(traced: Traced, cluster: Cluster, calibration: Calibration | None =
     sends = partition(program, sizes, scatters=traced.platform != "cpu", taken=taken)
     flops = flops_of_device(program, sizes, taken)
     alive = live(program, sizes)
-    own = (calibration or of_platform(traced.platform)).own(heap_bytes(alive.buffers))
+    convolutions = any(op.name == "conv_general_dilated" for op in program.every())
+    own = (calibration or of_platform(traced.platform)).own(heap_bytes(alive.buffers), convolutions)
+    read_by = {id(value) for op in program.ops for value in op.ins} | {id(value) for value in program.outs}
+    unread = sum(value.bytes(sizes) for value in program.ins if id(value) not in read_by)  # left out, as JAX does
+    held = {**traced.held, "batch": traced.held.get("batch", 0) - int(unread)}
+    if coefficients is not None:
+        weights = held.get("parameters", 0)
+        if coefficients.resident is not None:
+            held["optimizer state"] = int(coefficients.resident * weights)
+        if coefficients.transient is not None:
+            own += (coefficients.transient - 1) * sum(alive.largest)
+        if coefficients.transient_update is not None:
+            own = max(own, coefficients.transient_update * weights)
     seconds = {"compute": cluster.compute_seconds(flops, 0.0, traced.dtype)}
+    if (parts := traced.plan.microbatches * (schedule.microbatches if schedule else 1)) > 1:
+        seconds["turns"] = TURN * (parts - 1)
     for one in sends:
         name = "+".join(one.axes)
         took = cluster.seconds(one.kind, one.bytes * one.times, one.axes, sizes, times=max(round(one.times), 1))
         seconds[name] = seconds.get(name, 0.0) + took
-    read_by = {id(value) for op in program.ops for value in op.ins} | {id(value) for value in program.outs}
-    unread = sum(value.bytes(sizes) for value in program.ins if id(value) not in read_by)  # left out, as JAX does
-    held = {**traced.held, "batch": traced.held.get("batch", 0) - int(unread)}
-    return Estimate(held, own, alive.at, flops, tuple(sends), seconds)
+    return Estimate(held, own, alive.at, flops, tuple(sends), seconds, convolutions)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
+from typing import Any
 
+from artifex.config_device import DIVIDING
+from artifex.scaling.autodist import stages
 from artifex.scaling.autodist.config import AutoDistConfig
-from artifex.scaling.autodist.constraints import Limits, matching, read
+from artifex.scaling.autodist.constraints import Limits, matching, module_matches, read
 from artifex.scaling.autodist.estimate import Estimate
 from artifex.scaling.autodist.sketch import Leaf
 from artifex.scaling.autodist.spread import Spread
@@ -22,34 +26,68 @@ class Limiting:
     limits: Limits
     leaves: tuple[Leaf, ...]
     max_all_reduce: int | None
-    max_bubble: float
     small: int = 0  # elements: a parameter of fewer stays whole
+    blocks: tuple[stages.Block, ...] = ()  # that a pipeline divides
+    max_bubble: float = 1.0
+    max_unbalance: float = 0.0
+    pivots: tuple[int, ...] = ()  # blocks that may begin a stage, all where there are none
+    unknown_pivots: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, config: AutoDistConfig, leaves: tuple[Leaf, ...]) -> Limiting:
-        """Read from the options. Raises `ConfigError` for a file that is none, or says two things."""
+    def of(cls, config: AutoDistConfig, leaves: tuple[Leaf, ...], blocks: int | None = None) -> Limiting:
+        """Read from the options, for a model of such parameters and repeated blocks. Raises `ConfigError` for a file
+        that is none, or says two things."""
         path = config.partition_constraints_path
         found = read(path) if path else ()
         names = {leaf.path: leaf.names for leaf in leaves}
         limits = matching(found, names, tuple(ACTIVATION_AXES))
         small = config.ignore_small_tensor_threshold
-        return cls(limits, leaves, config.max_all_reduce_bytes, config.max_pipeline_bubble_ratio, small)
+        stack = next((leaf.path.split("/")[0] for leaf in leaves if "layers" in leaf.names), "layers")
+        names_of = [f"{stack}/{index}" for index in range(blocks or 0)]
+        at = {
+            pattern: [index for index, name in enumerate(names_of) if module_matches(pattern, name)]
+            for pattern in config.pivot_patterns
+        }
+        return cls(
+            limits,
+            leaves,
+            config.max_all_reduce_bytes,
+            small,
+            tuple(stages.Block(name, 1.0, 2.0) for name in names_of),  # repeated, so all alike; 2 for the way back
+            config.max_pipeline_bubble_ratio,
+            config.max_pipeline_unbalance_ratio,
+            tuple(sorted({index for found in at.values() for index in found})),
+            tuple(pattern for pattern, found in at.items() if not found),
+        )
 
     @property
-    def unused(self) -> tuple[str, ...]:
-        """Constraints that are about nothing of this model."""
-        return tuple(str(one) for one in self.limits.unused)
+    def notes(self) -> tuple[str, ...]:
+        """Constraints and pivots that are about nothing of this model."""
+        pivots = [f"pivot {name!r} names no block of this model, and limits nothing" for name in self.unknown_pivots]
+        return (*(f"constraint on {one} is about nothing of this model" for one in self.limits.unused), *pivots)
+
+    def cut(self, spread: Spread) -> str:
+        """Why no cut of the blocks into a spread's stages keeps to the limits, "" where one does."""
+        schedule = spread.plan().pipeline
+        if schedule is None:
+            return ""
+        how: dict[str, Any] = {
+            "pivots": self.pivots,
+            "max_bubble": self.max_bubble,
+            "max_unbalance": self.max_unbalance,
+        }
+        if schedule.stages_per_device > 1:
+            bubble = schedule.bubble()
+            return f"idle {bubble:.0%}, more than {self.max_bubble:.0%}" if bubble > self.max_bubble + 1e-9 else ""
+        kind = "gpipe" if schedule.kind == "gpipe" else "1f1b"
+        return _why_none(self.blocks, schedule.devices, schedule.microbatches, kind, tuple(how.items()))
 
     def kept(self, spread: Spread) -> Spread | None:
         """The spread with what must stay whole left so, None where it cannot keep to the constraints."""
-        if spread.of("pipeline") > 1:
-            schedule = spread.plan().pipeline
-            if schedule is not None and schedule.bubble() > self.max_bubble:
-                return None
         whole = set(spread.whole)
         rules, sizes = spread.plan().rules, spread.mesh
         for leaf in self.leaves:
-            if 1 < leaf.size < self.small:
+            if 1 < leaf.size < self.small and _divides_the_rest(spread):
                 whole.add(leaf.path)
             limit = self.limits.parameters.get(leaf.path)
             if limit is None:
@@ -57,6 +95,8 @@ class Limiting:
             if limit.allows(_axes(leaf, rules, sizes)):
                 continue
             if limit.must_divide or not limit.allows(_axes(leaf, rules.of_path(leaf.path), sizes)):
+                return None
+            if not _divides_the_rest(spread):
                 return None
             whole.add(leaf.path)
         for name, limit in self.limits.axes.items():
@@ -73,6 +113,15 @@ class Limiting:
             if most > self.max_all_reduce:
                 return f"an all-reduce of {size_text(most)}, max_all_reduce_size is {size_text(self.max_all_reduce)}"
         return ""
+
+
+@functools.lru_cache(4096)
+def _why_none(blocks: tuple[stages.Block, ...], count: int, microbatches: int, schedule: Any, how: tuple) -> str:
+    return stages.why_none(blocks, count, microbatches, schedule=schedule, **dict(how))
+
+
+def _divides_the_rest(spread: Spread) -> bool:
+    return spread.zero > 0 or any(spread.of(axis) > 1 for axis in DIVIDING)
 
 
 def _axes(leaf: Leaf, rules: Rules, sizes: Mapping[str, int]) -> tuple[str, ...]:

@@ -62,6 +62,7 @@ class Live:
     buffers: tuple[Buffer, ...]
     peak: float
     at: str
+    largest: tuple[float, ...] = ()  # bytes of the two largest at the busiest moment
 
 
 def live(program: Block, sizes: dict[str, int]) -> Live:
@@ -79,7 +80,8 @@ def live(program: Block, sizes: dict[str, int]) -> Live:
         now += changes[moment]
         if now > most:
             most, when = now, moment
-    return Live(tuple(clock.buffers), most, clock.says.get(when, ""))
+    there = sorted((one.size for one in clock.buffers if one.begin <= when <= one.end), reverse=True)
+    return Live(tuple(clock.buffers), most, clock.says.get(when, ""), tuple(there[:2]))
 
 
 @dataclasses.dataclass
@@ -108,30 +110,53 @@ def flat(block: Block, alias: dict[int, Value]) -> Iterator[Op]:
 
 
 def relaid(ops: Iterable[Op]) -> Iterator[Op]:
-    """The operations, with a copy before each product of an operand whose dims stand in another order than the product
-    reads them in: rows x sums on the left, sums x columns on the right."""
+    """The operations, with a copy before each product and convolution of an operand whose dims stand in another order
+    than it is read in, and one behind of a result that is written in another."""
     made: dict[tuple, Value] = {}
     for op in ops:
-        if op.name == "dot_general":
-            (summed, batch) = op.params["dimension_numbers"]
-            ins = list(op.ins)
-            for which in (0, 1):
-                value = ins[which]
-                if value is None:
-                    continue
-                rest = [d for d in range(len(value.shape)) if d not in summed[which] and d not in batch[which]]
-                order = (*batch[which], *rest, *summed[which]) if which == 0 else (*batch[which], *summed[which], *rest)
-                large = [d for d in order if value.shape[d] > 1]
-                if large == sorted(large):
-                    continue
-                key = (id(value), order)
-                if key not in made:
-                    shape, split = tuple(value.shape[d] for d in order), [value.split[d] for d in order]
-                    made[key] = Value(shape, value.itemsize, split)
-                    yield Op("relaid", [value], [made[key]], {}, [])
-                ins[which] = made[key]
-            op = Op(op.name, ins, op.outs, op.params, op.blocks)
-        yield op
+        if op.name not in ("dot_general", "conv_general_dilated"):
+            yield op
+            continue
+        ins, outs = list(op.ins), list(op.outs)
+        for which, order in enumerate(_orders(op)[:2]):
+            value = ins[which]
+            if value is None or _stands(value, order):
+                continue
+            key = (id(value), order)
+            if key not in made:
+                made[key] = _in_order(value, order)
+                yield Op("relaid", [value], [made[key]], {}, [])
+            ins[which] = made[key]
+        order = _orders(op)[2]
+        if _stands(outs[0], order):
+            yield Op(op.name, ins, outs, op.params, op.blocks)
+            continue
+        between = _in_order(outs[0], order)
+        yield Op(op.name, ins, [between], op.params, op.blocks)
+        yield Op("relaid", [between], outs, {}, [])
+
+
+def _orders(op: Op) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The dims of both operands and of the result in the order in which a CPU reads and writes them: of a product rows x
+    sums, sums x columns, rows x columns; of a convolution N H W C, H W I O, N H W C."""
+    if op.name == "dot_general":
+        summed, batch = op.params["dimension_numbers"]
+        ranks = [len(value.shape) if value is not None else 0 for value in op.ins[:2]]
+        left, right = ([d for d in range(ranks[i]) if d not in summed[i] and d not in batch[i]] for i in (0, 1))
+        whole = tuple(range(len(op.outs[0].shape)))
+        return (*batch[0], *left, *summed[0]), (*batch[1], *summed[1], *right), whole
+    numbers = op.params["dimension_numbers"]
+    (n, c, *of_lhs), (o, i, *of_rhs), (m, f, *of_out) = numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec
+    return (n, *of_lhs, c), (*of_rhs, i, o), (m, *of_out, f)
+
+
+def _stands(value: Value, order: tuple[int, ...]) -> bool:
+    large = [d for d in order if value.shape[d] > 1]
+    return large == sorted(large)
+
+
+def _in_order(value: Value, order: tuple[int, ...]) -> Value:
+    return Value(tuple(value.shape[d] for d in order), value.itemsize, [value.split[d] for d in order])
 
 
 class _Body:
@@ -165,7 +190,7 @@ class _Body:
                     self.readers.setdefault(id(self.root(value)), []).append(op)
         self.out_ids = {id(self.root(value)) for value in block.outs if value is not None}
         self._written: dict[int, bool] = {}
-        self._reads: dict[int, set[int]] = {}
+        self._reads: dict[int, dict[int, None]] = {}
 
     def ordered(self, ops: list[Op]) -> list[Op]:
         """Gathers of what enters first, sums that nothing here reads last."""
@@ -212,17 +237,18 @@ class _Body:
         several = len({id(reader) for reader in readers}) > 1
         return several and (op.name in DEAR or any(reader.name.startswith("reduce_") for reader in readers))
 
-    def reads(self, op: Op) -> set[int]:
-        """The arrays that an operation reads, through those that are fused into it."""
+    def reads(self, op: Op) -> dict[int, None]:
+        """The arrays that an operation reads, through those that are fused into it. Not a set, whose order would be
+        another one, and so the answer, each time."""
         if id(op) in self._reads:
             return self._reads[id(op)]
-        found: set[int] = set()
+        found: dict[int, None] = {}
         for value in op.ins:
             if value is None:
                 continue
             value = self.root(value)
             if self.written(value):
-                found.add(id(value))
+                found[id(value)] = None
             else:
                 found |= self.reads(self.made[id(value)])
         self._reads[id(op)] = found
@@ -245,14 +271,16 @@ class _Body:
         for index, op in enumerate(writers):
             now = clock.tick(op.name)
             if op.name in OPAQUE:  # a part of a stack is cut out when it is first read as an array
-                for key in self.reads(op) & owned:
-                    if key not in held:
+                for key in self.reads(op):
+                    if key in owned and key not in held:
                         value = self.of_id[key]
                         held[key] = Buffer(now, now, value.bytes(self.sizes), "part of a stack")
                         clock.buffers.append(held[key])
                         ending.setdefault(last[key], []).append(held[key])
             dying = {key: held[key] for key in self.reads(op) if key in held and last.get(key) == index}
-            free = [self.of_id[key].bytes(self.sizes) for key in self.reads(op) & lent if last.get(key) == index]
+            free = [
+                self.of_id[key].bytes(self.sizes) for key in self.reads(op) if key in lent and last.get(key) == index
+            ]
             outs = [out for out in op.outs if id(out) not in self.alias and self.written(out)]
             for out in sorted(outs, key=lambda out: -out.bytes(self.sizes)):
                 if id(out) in given:

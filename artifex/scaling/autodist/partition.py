@@ -21,6 +21,7 @@ from artifex.scaling.autodist.work import Taken, share_taken
 
 Split = list[Axes]
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot")
+SCATTERS = ("scatter-add", "scatter_add")
 IN_REGIONS = {
     "psum": "all-reduce",
     "psum_invariant": "all-reduce",
@@ -71,6 +72,15 @@ class Around:
         return next((outside for inside, outside in pairs if inside is value), None)
 
 
+def scattered_over(op: Op) -> set[str]:
+    """The mesh axes that split what is added up, but for the dims of what is added to."""
+    value = op.ins[2]
+    if value is None:
+        return set()
+    window = op.params["dimension_numbers"].update_window_dims
+    return {axis for dim, axes in enumerate(value.split) if dim not in window for axis in axes}
+
+
 class _Writer:
     def __init__(self, sizes: dict[str, int], scatters: bool, taken: Taken) -> None:
         self.sizes, self.scatters, self.taken = sizes, scatters, taken
@@ -113,6 +123,9 @@ class _Writer:
             return
         if op.name.startswith("reduce_") and "axes" in op.params:
             self.reduction(op, ops, times)
+            return
+        if op.name in SCATTERS and (summed := scattered_over(op)):
+            self.summed(op, summed, ops, times)
             return
         for index, value in enumerate(op.ins):
             if value is None or not value.shape or not value.axes:
@@ -207,22 +220,32 @@ class _Writer:
         self.total(partial, out, axes, ops, times)
 
     def reduction(self, op: Op, ops: list[Op], times: float) -> None:
-        value, out = op.ins[0], op.outs[0]
+        value = op.ins[0]
         summed = {axis for dim in op.params["axes"] for axis in value.split[dim]} if value is not None else set()
-        summed -= out.axes
-        if not summed:
+        if summed:
+            self.summed(op, summed, ops, times)
+        else:
             ops.append(op)
-            return
-        axes = tuple(axis for axis in self.sizes if axis in summed)
-        partial = Value(out.shape, out.itemsize, list(out.split))
+
+    def summed(self, op: Op, over: set[str], ops: list[Op], times: float) -> None:
+        """The operation on what each device has, and the sum of its first result `over` mesh axes."""
+        out = op.outs[0]
+        split = [tuple(axis for axis in dim if axis not in over) for dim in out.split]
+        partial = Value(out.shape, out.itemsize, split)
         ops.append(Op(op.name, op.ins, [partial, *op.outs[1:]], op.params, []))
-        self.total(partial, out, axes, ops, times)
+        self.total(partial, out, tuple(axis for axis in self.sizes if axis in over), ops, times)
 
     def total(self, partial: Value, out: Value, axes: Axes, ops: list[Op], times: float) -> None:
-        """The sum over `axes` of what each device has; where the sum is then split by them, each gets its part."""
+        """The sum over `axes` of what each device has; where the sum is then split by some, each gets its part, and
+        only that is summed over the others."""
+        parted = tuple(axis for axis in axes if axis in out.axes)
+        if parted and (rest := tuple(axis for axis in axes if axis not in parted)):
+            part = Value(out.shape, out.itemsize, list(out.split))
+            self.total(partial, part, parted, ops, times)
+            self.total(part, out, rest, ops, times)
+            return
         n, size = self.ways(axes), partial.bytes(self.sizes)
-        scattered = set(axes) <= out.axes
-        if scattered and self.scatters:
+        if parted and self.scatters:
             self.sent.append(Sent("reduce-scatter", axes, size * (n - 1) / n, times))
             ops.append(Op("reduce-scatter", [partial], [out], {}, []))
             return

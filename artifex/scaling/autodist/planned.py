@@ -140,9 +140,8 @@ class Planned:
         for name, seconds in parts:
             if seconds < 1e-3 * self.estimate.seconds:
                 continue
-            what = (
-                f"{self.estimate.flops:.3g} FLOPs" if name == "compute" else f"{size_text(sent[name])} sent over {name}"
-            )
+            others = {"compute": f"{self.estimate.flops:.3g} FLOPs", "turns": "more turns of microbatches"}
+            what = others[name] if name in others else f"{size_text(sent[name])} sent over {name}"
             lines.append(f"  {seconds_text(seconds):>10}  {what}")
         lines.append(f"  {seconds_text(self.estimate.seconds):>10}  in all")
         return lines

@@ -44,7 +44,7 @@ def plan(
         config = config.model_copy(update={"world_size": cluster.device_count})
     config.check_cluster()
     check_batch(subject, config)
-    limiting = Limiting.of(config, subject.leaves)
+    limiting = Limiting.of(config, subject.leaves, subject.blocks)
     if config.load_plan_path:
         found = plan_file.load(config.load_plan_path, subject, cluster, config)
     else:
@@ -60,7 +60,7 @@ def _searched(
     found = search(subject, cluster, config, limiting, say)
     if not found.best:
         raise ValueError(nothing_fits(subject, cluster, config, found))
-    notes = [f"constraint on {one} is about nothing of this model" for one in limiting.unused]
+    notes = list(limiting.notes)
     if subject.unnamed:
         notes.append(f"without names, so whole on every device: {', '.join(subject.unnamed)}")
     return Planned(

@@ -12,7 +12,7 @@ from typing import Any
 
 from artifex.scaling.autodist.cluster import Cluster
 from artifex.scaling.autodist.config import AutoDistConfig
-from artifex.scaling.autodist.estimate import Estimate, estimate
+from artifex.scaling.autodist.estimate import Coefficients, Estimate, estimate
 from artifex.scaling.autodist.limits import Limiting
 from artifex.scaling.autodist.sketch import ACTIVATIONS, Basis, Guess, Sketch, basis
 from artifex.scaling.autodist.solvers import solve
@@ -52,8 +52,8 @@ def search(subject: Subject, cluster: Cluster, config: AutoDistConfig, limiting:
     """The best spreads of `subject` on `cluster`. Raises `ValueError` where no mesh fits model and batch at all."""
     start = time.perf_counter()
     space = space_of(subject, config, cluster)
-    look = Look(subject, cluster, platform_of(cluster))
-    meshes = list(space.meshes())
+    look = Look(subject, cluster, platform_of(cluster), coefficients_of(config))
+    meshes = [sizes for sizes in space.meshes() if as_asked(sizes, config)]
     if not meshes:
         raise ValueError(no_mesh(subject, config, space))
     sketch = Sketch(
@@ -64,6 +64,8 @@ def search(subject: Subject, cluster: Cluster, config: AutoDistConfig, limiting:
         subject.blocks or 1,
         subject.dtype,
     )
+    if not sketch.basis.own:
+        raise ValueError(no_mesh(subject, config, space))
     limit = config.memory_bytes
     spreads = [spread for sizes in meshes for spread in space.settings(sizes)]
     refused: dict[str, None] = {}
@@ -114,6 +116,9 @@ def looked_at(
         kind = f"{spread.remat}, {'stages' if spread.of('pipeline') > 1 else 'whole'}"
         if limit is not None and guess.bytes * ratio.get(kind, 1 / SLACK) > limit:
             continue
+        if reason := limiting.cut(spread):
+            refused[f"{spread}: {reason}"] = None
+            continue
         spread = limiting.kept(spread)
         if spread is None or spread in seen:
             continue
@@ -138,14 +143,18 @@ def looked_at(
 class Look:
     """Traces and estimates a spread, once."""
 
-    def __init__(self, subject: Subject, cluster: Cluster, platform: Platform) -> None:
-        self.subject, self.cluster = subject, cluster
+    def __init__(
+        self, subject: Subject, cluster: Cluster, platform: Platform, coefficients: Coefficients | None = None
+    ) -> None:
+        self.subject, self.cluster, self.coefficients = subject, cluster, coefficients
         self.platform: Platform = platform
         self.known: dict[Spread, Estimate] = {}
 
     def __call__(self, spread: Spread) -> Estimate:
         if spread not in self.known:
-            self.known[spread] = estimate(self.subject.traced(spread, self.platform), self.cluster)
+            self.known[spread] = estimate(
+                self.subject.traced(spread, self.platform), self.cluster, coefficients=self.coefficients
+            )
         return self.known[spread]
 
     def or_none(self, spread: Spread) -> Estimate | None:
@@ -162,6 +171,17 @@ def platform_of(cluster: Cluster) -> Platform:
     return name if name in ("cpu", "gpu", "tpu") else "gpu"  # pyright: ignore[reportReturnType]
 
 
+def coefficients_of(config: AutoDistConfig) -> Coefficients | None:
+    """nnScaler's coefficients, those that are given."""
+    given = config.model_fields_set
+    found = Coefficients(
+        None if config.opt_resident_coef is None else float(config.opt_resident_coef),
+        None if config.opt_transient_coef is None else float(config.opt_transient_coef),
+        float(config.transient_mem_coef) if "transient_mem_coef" in given else None,
+    )
+    return None if found == Coefficients() else found
+
+
 def space_of(subject: Subject, config: AutoDistConfig, cluster: Cluster) -> Space:
     """What may be tried, by the options and by what the model divides by: each axis is tried alone."""
     devices, zero = config.devices, config.zero_stage
@@ -174,6 +194,9 @@ def space_of(subject: Subject, config: AutoDistConfig, cluster: Cluster) -> Spac
             allowed = [n for n in allowed if subject.blocks and n <= subject.blocks and stages in ("auto", n)]
         if axis == "fsdp" and zero not in (3, "auto"):
             allowed = []
+        if axis == "replica":
+            groups = config.zero_ngroups
+            allowed = [groups] if groups > 1 and zero in (1, 2) and "data" in asked else []
         if axis == "data" and zero == 3:
             allowed = [config.zero_ngroups] if config.zero_ngroups > 1 else []
         sizes[axis] = [n for n in allowed if _divides(subject, axis, n)]
@@ -188,8 +211,22 @@ def space_of(subject: Subject, config: AutoDistConfig, cluster: Cluster) -> Spac
     return Space(devices, subject.rows, sizes, zeros, remats, accumulations, schedules)
 
 
+def as_asked(sizes: tuple[tuple[str, int], ...], config: AutoDistConfig) -> bool:
+    """Whether a mesh has the stages and the ZeRO groups that are asked for."""
+    mesh, groups = dict(sizes), config.zero_ngroups
+    if config.pipeline_nstages not in ("auto", mesh.get("pipeline", 1)):
+        return False
+    if groups == 1 or config.zero_stage == "auto":
+        return True
+    if config.zero_stage == 3:
+        return mesh.get("data", 1) == groups
+    return mesh.get("replica", 1) == groups and mesh.get("data", 1) > 1
+
+
 def _divides(subject: Subject, axis: str, n: int) -> bool:
     try:
+        if axis == "replica":
+            axis = "data"  # which divides alike
         subject.check(Spread(((axis, n),), microbatches=1 if axis == "pipeline" else None))
     except ValueError:
         return False
@@ -223,7 +260,8 @@ def traced_basis(look: Look, subject: Subject, space: Space, meshes: list[tuple[
             sizes = max(having, key=lambda sizes: (*ways(sizes), -dict(sizes)[axis]))
             spreads = list(space.settings(sizes))
             by_axis[axis] = min(spreads, key=lambda one: one.accumulation) if spreads else Spread(sizes)
-    return basis(look.or_none, space.remats, Spread(plain), by_axis, subject.rows)
+    whole = min(space.settings(plain), key=lambda one: (one.zero, one.microbatches or 0), default=Spread(plain))
+    return basis(look.or_none, space.remats, whole, by_axis, subject.rows)
 
 
 class Guesses:

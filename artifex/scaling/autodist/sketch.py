@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from artifex.scaling.autodist.cluster import Cluster
-from artifex.scaling.autodist.estimate import Estimate
+from artifex.scaling.autodist.estimate import TURN, Estimate
 from artifex.scaling.autodist.solvers import Choice, Option
 from artifex.scaling.autodist.spread import Spread
 from artifex.scaling.axes import Rules, resolve
@@ -118,16 +118,17 @@ class Sketch:
             each = spread.stages_per_device
             padded = math.ceil(self.blocks / (stages * each)) * stages * each / self.blocks
             compute *= padded * (count * each + stages - 1) / (count * each)
-        total = cluster.compute_seconds(compute, 0.0, self.dtype)
+        total = cluster.compute_seconds(compute, 0.0, self.dtype) + TURN * (parts - 1)
         dividing = tuple(axis for axis in ("fsdp", "expert", "context") if spread.of(axis) > 1)
         if dividing:
             share = (rest - 1) / rest
             total += cluster.seconds("all-gather", 2 * parts * weights * share, dividing, sizes)
             if self.trains:
                 total += cluster.seconds("reduce-scatter", parts * gradients * share, dividing, sizes)
-        if (n := spread.of("data")) > 1 and self.trains:
+        data = tuple(axis for axis in ("replica", "data") if spread.of(axis) > 1)
+        if (n := spread.of("replica") * spread.of("data")) > 1 and self.trains:
             sent = 2 * parts * gradients / rest * (n - 1) / n
-            total += cluster.seconds("all-reduce", sent, ("data",), sizes)
+            total += cluster.seconds("all-reduce", sent, data, sizes)
         for axis, per_row in self.basis.per_row.items():
             if (n := spread.of(axis)) > 1:
                 rows = self.rows / spread.row_ways / spread.of("context")
@@ -174,7 +175,7 @@ class Sketch:
 @functools.lru_cache(4096)
 def rules_of(axes: tuple[str, ...], zero: int) -> Rules:
     """The rules of strategies on these mesh axes, whatever their sizes."""
-    return Spread(tuple((axis, 2) for axis in axes), zero, microbatches=1).plan().rules
+    return Spread(tuple((axis, 2) for axis in axes), zero, microbatches=1).plan().rules if axes else Rules()
 
 
 @functools.lru_cache(2**17)

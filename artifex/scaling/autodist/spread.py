@@ -16,8 +16,12 @@ from typing import Any
 from artifex.config_device import DeviceConfig
 from artifex.scaling.plan import Plan
 
-AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")
+AXES = ("pipeline", "replica", "data", "fsdp", "expert", "context", "tensor")
 """The mesh axes, outermost first: devices of the last follow each other, and talk over the fastest links."""
+
+
+ROWS = ("replica", "data", "fsdp", "expert")
+"""Those that split the rows of a batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +103,7 @@ class Spread:
     @property
     def row_ways(self) -> int:
         """Into how many parts rows are split."""
-        return self.of("data") * self.of("fsdp") * self.of("expert")
+        return math.prod(self.of(axis) for axis in ROWS)
 
     def __str__(self) -> str:
         mesh = " x ".join(f"{axis} {size}" for axis, size in self.sizes) or "one device"
@@ -151,14 +155,14 @@ class Space:
 
         for sizes in below(AXES, self.devices):
             mesh = dict(sizes)
-            rows = math.prod(mesh.get(axis, 1) for axis in ("data", "fsdp", "expert"))
+            rows = math.prod(mesh.get(axis, 1) for axis in ROWS)
             if self.rows % rows == 0:
                 yield sizes
 
     def settings(self, sizes: tuple[tuple[str, int], ...]) -> Iterator[Spread]:
         """Every setting on one mesh, but for recomputation and microbatches around it, which are chosen last."""
         mesh = dict(sizes)
-        rows = self.rows // math.prod(mesh.get(axis, 1) for axis in ("data", "fsdp", "expert"))
+        rows = self.rows // math.prod(mesh.get(axis, 1) for axis in ROWS)
         zeros = self.zeros if mesh.get("data", 1) > 1 else (0,)
         stages = mesh.get("pipeline", 1)
         parts = [(1, 1, self.schedules[0])]

@@ -33,6 +33,7 @@ def strategies_for(
     known: dict[str, ShardingStrategy] = {
         "pipeline": PipelineParallelStrategy("pipeline"),
         "data": ZeROStrategy("data", stage=zero) if zero else DataParallelStrategy("data"),
+        "replica": DataParallelStrategy("replica"),
         "fsdp": FSDPStrategy("fsdp", min_weight_size=fsdp_min_weight_size),
         "expert": ExpertParallelStrategy("expert"),
         "context": ContextParallelStrategy("context"),
