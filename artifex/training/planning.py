@@ -37,11 +37,19 @@ from artifex.training.task import attention_of, batch_shapes
 class RunSubject:
     """The run of a `Config`, whose `device` section, remat and microbatches the planner chooses."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, *, trains: bool = True) -> None:
+        self.config, self.trains = config, trains
         self.name = config.model.name
         self.rows = config.training.batch_size
         self.dtype = config.training.compute_dtype
+
+    def __reduce__(self) -> Any:
+        """What a process that searches for another is told."""
+        return _subject, (self.config, self.trains)
+
+    def inferring(self) -> RunSubject:
+        """The run's loss alone, as validation computes it, without gradients and optimizer."""
+        return RunSubject(self.config, trains=False)
 
     def config_of(self, spread: Spread) -> Config:
         """The run spread so. Raises `ValueError` where its sections contradict each other."""
@@ -67,7 +75,7 @@ class RunSubject:
         """Its parameters, as the planner's guesses take them."""
         blue, how = self.whole, self.config.training
         numbers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(blue.state.params))
-        optimizer = bytes_on_device((blue.state.optimizer, blue.state.ema)) / max(numbers, 1)
+        optimizer = bytes_on_device((blue.state.optimizer, blue.state.ema)) / max(numbers, 1) if self.trains else 0.0
         gradient, computed = (float(np.dtype(name).itemsize) for name in (how.gradient_dtype, how.compute_dtype))
         named = leaves_with_names(blue.state.params, blue.names)
         return tuple(
@@ -103,16 +111,33 @@ class RunSubject:
         """Its step, traced for devices of a platform. Raises `ValueError` where the spread does not fit."""
         blue = self._blueprint(spread, platform)
         batch = placed_batch(blue, batch_shapes(self.config))
+        if not self.trains:
+            return self._loss_traced(blue, batch, platform)
         jaxpr = make_step(blue).trace(blue.state, batch).jaxpr
         where = tuple(leaf.sharding for leaf in jax.tree.leaves((blue.state, batch)))
         out = tuple(leaf.sharding for leaf in jax.tree.leaves(blue.state))
         return Traced(jaxpr, where, out, blue.plan, platform, held(blue, batch), self.dtype)
+
+    def _loss_traced(self, blue: Blueprint, batch: Any, platform: Platform) -> Traced:
+        weights, buffers = blue.state.params, blue.state.buffers
+        jaxpr = (
+            jax.jit(lambda weights, buffers, batch: blue.loss(weights, buffers, batch, None)[0])
+            .trace(weights, buffers, batch)
+            .jaxpr
+        )
+        where = tuple(leaf.sharding for leaf in jax.tree.leaves((weights, buffers, batch)))
+        kept = {name: size for name, size in held(blue, batch).items() if name in ("parameters", "buffers", "batch")}
+        return Traced(jaxpr, where, (), blue.plan, platform, kept, self.dtype)
 
     def _blueprint(self, spread: Spread, platform: Platform) -> Blueprint:
         config = self.config_of(spread)
         plan = planned(config, spread.devices)
         device = AbstractDevice(device_kind=platform, num_cores=None, platform=platform)
         return blueprint(config, plan, AbstractMesh(plan.mesh_shape, plan.axis_names, abstract_device=device))  # pyright: ignore
+
+
+def _subject(config: Config, trains: bool) -> RunSubject:
+    return RunSubject(config, trains=trains)
 
 
 def held(blue: Blueprint, batch: Any) -> dict[str, int]:

@@ -82,7 +82,9 @@ def report(rows: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
             if row["family"] in FITTED and one["convolutions"] == convolutions
         ]
         factors[convolutions] = float(np.median(ratios)) if ratios else 1.0
-    print(f"factors fitted on {', '.join(FITTED)}: without convolutions {factors[False]:.3f}, with {factors[True]:.3f}\n")
+    print(
+        f"factors fitted on {', '.join(FITTED)}: without convolutions {factors[False]:.3f}, with {factors[True]:.3f}\n"
+    )
     print("| family | plans | state exact | median | 95 % | worst | raw median | tau | sent median | sent within 5 % |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     scored: dict[str, list[float]] = collections.defaultdict(list)
@@ -96,13 +98,18 @@ def report(rows: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
         ]
         if not chosen:
             continue
-        whole = [one["state"] + factors[one["convolutions"]] * one["own"] + row["output"] - row["alias"] for row, one in chosen]
+        whole = [
+            one["state"] + factors[one["convolutions"]] * one["own"] + row["output"] - row["alias"]
+            for row, one in chosen
+        ]
         errors = np.abs([value / row["whole"] - 1 for value, (row, _) in zip(whole, chosen, strict=True)])
         raw = np.abs([(one["state"] + one["own"]) / row["whole"] - 1 for row, one in chosen])
         exact = sum(row["argument"] == one["state"] for row, one in chosen)
         by_family: list[float] = []
         for name in {row["family"] for row, _ in chosen}:
-            pair = [(value, row["whole"]) for value, (row, _) in zip(whole, chosen, strict=True) if row["family"] == name]
+            pair = [
+                (value, row["whole"]) for value, (row, _) in zip(whole, chosen, strict=True) if row["family"] == name
+            ]
             by_family.append(kendalltau(*zip(*pair, strict=True))[0])
         sends = np.abs([one["total_sent"] / sum(s[2] for s in row["sends"]) - 1 for row, one in chosen])
         print(

@@ -23,6 +23,11 @@ def pairs(op: Op) -> list[Pair]:
     ]
 
 
+def elementwise(op: Op) -> bool:
+    """Whether each number of the result is of one number of each operand."""
+    return op.name not in _KNOWN and not op.name.startswith("reduce_") and not _opaque(op.name)
+
+
 def _dims(op: Op, index: int, value: Value) -> Dims:
     """For operand `index`."""
     if (known := _KNOWN.get(op.name)) is not None:
@@ -98,6 +103,10 @@ def _part(op: Op, index: int, value: Value) -> Dims:
 
 def _concatenate(op: Op, index: int, value: Value) -> Dims:
     yield from ((0, dim, dim) for dim in range(len(value.shape)) if dim != op.params["dimension"])
+
+
+def _reversed(op: Op, index: int, value: Value) -> Dims:
+    yield from ((0, dim, dim) for dim in range(len(value.shape)) if dim not in op.params["dimensions"])
 
 
 def _each(op: Op, index: int, value: Value) -> Dims:
@@ -194,10 +203,11 @@ _KNOWN: dict[str, Callable[[Op, int, Value], Dims]] = {
     "conv_general_dilated": _convolution,
     "gather": _gather,
     "concatenate": _concatenate,
+    "rev": _reversed,
     "optimization_barrier": _each,
     **dict.fromkeys(("dot_general", "ragged_dot_general", "ragged_dot"), _dot),
     **dict.fromkeys(("scatter-add", "scatter", "scatter_add"), _scatter),
     **dict.fromkeys(("dynamic_slice", "slice", "pad", "dynamic_update_slice", "split"), _part),
     **dict.fromkeys(("argmax", "argmin"), _reduced),
-    **dict.fromkeys(("sort", "top_k", "cumsum", "cumlogsumexp", "cummax", "cumprod", "rev"), _along),
+    **dict.fromkeys(("sort", "top_k", "cumsum", "cumlogsumexp", "cummax", "cumprod"), _along),
 }

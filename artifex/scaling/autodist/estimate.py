@@ -21,7 +21,6 @@ from artifex.scaling.autodist.work import flops_of_device
 from artifex.scaling.execution import Platform
 from artifex.scaling.plan import Plan
 
-
 TURN = 5e-5
 """Seconds that one more microbatch costs, whatever it computes: a guess at its launches, so that ties go to fewer."""
 

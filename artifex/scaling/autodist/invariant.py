@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from artifex.scaling.autodist.program import Block, Op, Value
 
-LIGHT = {"convert_element_type", "transpose", "reshape", "squeeze", "expand_dims", "sharding_constraint", "copy"}
+LIGHT = {"convert_element_type", "transpose", "reshape", "rev", "squeeze", "expand_dims", "sharding_constraint", "copy"}
+LIGHT |= {"slice", "concatenate", "add", "add_any"}  # of which kernels are made that join a resize and a convolution
 
 
 def hoist(block: Block) -> None:

@@ -2,13 +2,15 @@
 
 What is constrained, and what enters and leaves, is pinned. From there axes go forwards along each operation, then back,
 dim by dim, where they divide and the array has no other dim with them (Xu et al. 2021, arXiv:2105.04663, section 3.5).
+Through what makes one number of one number they go first, so that a product is computed as its result is constrained
+rather than as an operand lies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from artifex.scaling.autodist.dims import pairs
+from artifex.scaling.autodist.dims import elementwise, pairs
 from artifex.scaling.autodist.program import Axes, Block, Op, Value, manual_axes
 
 ROUNDS = 10  # each takes what is known one level of nesting further
@@ -16,17 +18,18 @@ ROUNDS = 10  # each takes what is known one level of nesting further
 
 def lay_out(program: Block, sizes: dict[str, int]) -> None:
     """Fill in `split` of every value of `program` on a mesh of `sizes`."""
-    spread = _Spread(sizes)
-    for _ in range(ROUNDS):
-        spread.changed = False
-        spread.block(program)
-        if not spread.changed:
-            return
+    for light in (True, False):
+        spread = _Spread(sizes, light)
+        for _ in range(ROUNDS):
+            spread.changed = False
+            spread.block(program)
+            if not spread.changed:
+                break
 
 
 class _Spread:
-    def __init__(self, sizes: dict[str, int]) -> None:
-        self.sizes = sizes
+    def __init__(self, sizes: dict[str, int], light: bool) -> None:
+        self.sizes, self.light = sizes, light
         self.changed = False
 
     def block(self, block: Block) -> None:
@@ -45,6 +48,8 @@ class _Spread:
             return
         if op.blocks:
             self.around(op)
+            return
+        if self.light and not elementwise(op):
             return
         for source, i, target, j in pairs(op):
             if forward:

@@ -137,8 +137,8 @@ def relaid(ops: Iterable[Op]) -> Iterator[Op]:
 
 
 def _orders(op: Op) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """The dims of both operands and of the result in the order in which a CPU reads and writes them: of a product rows x
-    sums, sums x columns, rows x columns; of a convolution N H W C, H W I O, N H W C."""
+    """The dims of both operands and of the result in the order in which a CPU takes them: of a product rows x sums,
+    sums x columns, rows x columns; of a convolution N H W C, H W I O, N H W C."""
     if op.name == "dot_general":
         summed, batch = op.params["dimension_numbers"]
         ranks = [len(value.shape) if value is not None else 0 for value in op.ins[:2]]

@@ -109,7 +109,8 @@ class ModuleSubject:
             shapes = jax.eval_shape(OPTIMIZER.init, self.params)
             moments = _map(place("optimizer"), self.params)
             own, others = (lambda _, where: where), (lambda _: whole)
-            kinds = optax.tree_map_params(OPTIMIZER, own, shapes, moments, transform_non_params=others)  # pyright: ignore[reportCallIssue]
+            of_params: Any = optax.tree_map_params
+            kinds = of_params(OPTIMIZER, own, shapes, moments, transform_non_params=others)
             state, where = (*state, _placed(shapes, kinds)), (*where, kinds)
         sizes = plan.sizes
         batch = {}
@@ -148,7 +149,8 @@ class ModuleSubject:
             return (optax.apply_updates(params, updates), rest, moments), loss
 
         def forward(state: Any, batch: Any) -> Any:
-            return state, parts(value, *state, batch)
+            params, rest = state
+            return state, parts(value, params, rest, batch)
 
         step = jax.jit(train if self.trains else forward, donate_argnums=0, out_shardings=(where, whole))
         return step, (state, batch), where

@@ -73,12 +73,16 @@ class Around:
 
 
 def scattered_over(op: Op) -> set[str]:
-    """The mesh axes that split what is added up, but for the dims of what is added to."""
-    value = op.ins[2]
+    """The mesh axes that split what is added up and not the sums."""
+    value, window = op.ins[2], op.params["dimension_numbers"].update_window_dims
     if value is None:
         return set()
-    window = op.params["dimension_numbers"].update_window_dims
-    return {axis for dim, axes in enumerate(value.split) if dim not in window for axis in axes}
+    return {axis for dim, axes in enumerate(value.split) if dim not in window for axis in axes} - op.outs[0].axes
+
+
+def divided_in_part(op: Op, sizes: dict[str, int]) -> bool:
+    """Whether it is a region that divides some mesh axes by hand and leaves others to the partitioner."""
+    return op.name == "shard_map" and not {axis for axis, size in sizes.items() if size > 1} <= manual_axes(op)
 
 
 class _Writer:
@@ -86,6 +90,7 @@ class _Writer:
         self.sizes, self.scatters, self.taken = sizes, scatters, taken
         self.sent: list[Sent] = []
         self.around: Around | None = None
+        self.in_part = False  # in a region of some mesh axes, where XLA gathers what a scatter adds up
 
     def ways(self, axes: Any) -> int:
         return math.prod(self.sizes[axis] for axis in axes)
@@ -101,9 +106,11 @@ class _Writer:
     def op(self, op: Op, ops: list[Op], known: dict, times: float) -> None:
         if op.blocks:
             turns = {"scan": op.params.get("length"), "while": op.params.get("turns")}.get(op.name) or 1
+            outer, self.in_part = self.in_part, self.in_part or divided_in_part(op, self.sizes)
             for inner in op.blocks:
                 around = Around(op, ops, known, times, self.around) if op.name == "scan" else None
                 self.block(inner, times * turns, share_taken(inner, turns, self.taken), around)
+            self.in_part = outer
             if op.name == "shard_map":
                 self.enter(op, ops, known, times)
             ops.append(op)
@@ -124,8 +131,8 @@ class _Writer:
         if op.name.startswith("reduce_") and "axes" in op.params:
             self.reduction(op, ops, times)
             return
-        if op.name in SCATTERS and (summed := scattered_over(op)):
-            self.summed(op, summed, ops, times)
+        if op.name in SCATTERS and not self.in_part and (summed := scattered_over(op)):
+            self.scatter(op, summed, ops, known, times)
             return
         for index, value in enumerate(op.ins):
             if value is None or not value.shape or not value.axes:
@@ -201,6 +208,8 @@ class _Writer:
             value = (left, right)[which]
             # an axis that both would split another dim by, or that is summed over, is gathered in the second
             keep = tuple(axis for axis in value.split[i] if axis in out.split[j] and axis not in summed)
+            if set(out.split[j]) & set(summed):  # of a dim that the sum is split by, XLA computes all
+                keep = ()
             wanted[which][i] = keep
             if keep:
                 computed[j] = keep
@@ -226,6 +235,16 @@ class _Writer:
             self.summed(op, summed, ops, times)
         else:
             ops.append(op)
+
+    def scatter(self, op: Op, over: set[str], ops: list[Op], known: dict, times: float) -> None:
+        """Each device adds up what it has, split as the sums are."""
+        value, window = op.ins[2], op.params["dimension_numbers"].update_window_dims
+        assert value is not None
+        wanted: Split = [tuple(axis for axis in dim if axis in over) for dim in value.split]
+        for _, i, out, j in (pair for pair in pairs(op) if pair[0] is value):
+            wanted[i] = out.split[j] if i in window else wanted[i]
+        op.ins[2] = self.moved(value, wanted, ops, known, times)
+        self.summed(op, over, ops, times)
 
     def summed(self, op: Op, over: set[str], ops: list[Op], times: float) -> None:
         """The operation on what each device has, and the sum of its first result `over` mesh axes."""

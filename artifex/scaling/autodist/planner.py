@@ -6,6 +6,7 @@ print(found); found.save("plan.yaml")
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from artifex.scaling.autodist.limits import Limiting
 from artifex.scaling.autodist.modules import ModuleSubject
 from artifex.scaling.autodist.planned import Planned
 from artifex.scaling.autodist.search import Candidate, Look, platform_of, search
-from artifex.scaling.autodist.subject import Subject
+from artifex.scaling.autodist.subject import Infers, Subject
 
 
 def plan(
@@ -39,6 +40,8 @@ def plan(
     """
     config = config or AutoDistConfig()
     subject: Subject = what if hasattr(what, "traced") else ModuleSubject(what, batch, loss, trains=config.is_train)
+    if not config.is_train and isinstance(what, Infers):
+        subject = what.inferring()
     cluster = cluster or cluster_of(config)
     if cluster.device_count != config.devices:
         config = config.model_copy(update={"world_size": cluster.device_count})
@@ -85,15 +88,26 @@ def predict(subject: Subject, cluster: Cluster, spread: Any) -> Candidate:
 
 
 def cluster_of(config: AutoDistConfig) -> Cluster:
-    """The cluster that the options name, or of the devices present."""
-    device = config.device
-    if device is None:
-        import jax
-
-        kind = jax.devices()[0]
-        device = "cpu" if kind.platform == "cpu" else _named(kind)
+    """The cluster that the options name, by published figures; or that of the devices present, by what was measured on
+    them where `profile_dir` has that, or is to be measured anew."""
     rows = config.mesh_row * config.scale_factor
-    return Cluster.of(device, rows, config.mesh_col, config.memory_constraint)
+    if config.device is not None:
+        return Cluster.of(config.device, rows, config.mesh_col, config.memory_constraint)
+    import jax
+
+    from artifex.scaling.autodist.profile import FILE, Measured, measure
+
+    kind = jax.devices()[0]
+    name = "cpu" if kind.platform == "cpu" else _named(kind)
+    cluster = Cluster.of(name, rows, config.mesh_col, config.memory_constraint)
+    folder = config.profile_folder(kind.device_kind)
+    if config.re_profile:
+        measured = measure(folder=folder, parallel=config.parallel_profile, again=True)
+    elif (folder / FILE).exists():
+        measured = Measured.load(folder)
+    else:
+        return cluster
+    return dataclasses.replace(cluster, hardware=measured.hardware(cluster.hardware))
 
 
 def _named(device: Any) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import dataclasses
 import heapq
 import itertools
 import math
+import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -63,6 +66,7 @@ def search(subject: Subject, cluster: Cluster, config: AutoDistConfig, limiting:
         subject.rows,
         subject.blocks or 1,
         subject.dtype,
+        config.is_train,
     )
     if not sketch.basis.own:
         raise ValueError(no_mesh(subject, config, space))
@@ -112,7 +116,7 @@ def looked_at(
     found = 0
     seen: set[Spread] = set()
     most = max(2 * wanted, 12)
-    for guess, spread in guessed:
+    for guess, spread in look.ahead(guessed, nproc):
         kind = f"{spread.remat}, {'stages' if spread.of('pipeline') > 1 else 'whole'}"
         if limit is not None and guess.bytes * ratio.get(kind, 1 / SLACK) > limit:
             continue
@@ -157,12 +161,47 @@ class Look:
             )
         return self.known[spread]
 
+    def ahead(self, guessed: Iterable[tuple[Guess, Spread]], nproc: int) -> Iterator[tuple[Guess, Spread]]:
+        """The same in the same order; with several processes they estimate the next ones while they wait."""
+        if nproc < 2:
+            yield from guessed
+            return
+        how = (self.subject, self.cluster, self.platform, self.coefficients)
+        context = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would lose
+        with concurrent.futures.ProcessPoolExecutor(nproc, context, _begin, how) as pool:
+            coming = iter(guessed)
+            waiting: collections.deque[tuple[Guess, Spread, Any]] = collections.deque()
+            while True:
+                for guess, spread in itertools.islice(coming, 2 * nproc - len(waiting)):
+                    waiting.append((guess, spread, pool.submit(_estimated, spread)))
+                if not waiting:
+                    return
+                guess, spread, answer = waiting.popleft()
+                if (found := answer.result()) is not None:
+                    self.known[spread] = found
+                try:
+                    yield guess, spread
+                except GeneratorExit:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+
     def or_none(self, spread: Spread) -> Estimate | None:
         """The estimate, None where the spread does not fit."""
         try:
             return self(spread)
         except ValueError:
             return None
+
+
+_LOOK: list[Look] = []  # of a process that estimates for another
+
+
+def _begin(*how: Any) -> None:
+    _LOOK.append(Look(*how))
+
+
+def _estimated(spread: Spread) -> Estimate | None:
+    return _LOOK[0].or_none(spread)
 
 
 def platform_of(cluster: Cluster) -> Platform:
@@ -311,6 +350,8 @@ class Guesses:
                     continue
                 chosen = dataclasses.replace(spread, remat=remat, accumulation=int(count), whole=whole)
                 found[chosen] = Guess(selection.bytes, selection.seconds)
+                if whole:  # what many small sums cost, only a closer look tells
+                    found[dataclasses.replace(chosen, whole=())] = Guess(selection.bytes, selection.seconds)
         return [(guess, chosen) for chosen, guess in found.items()]
 
 

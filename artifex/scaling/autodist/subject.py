@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from artifex.scaling.autodist.estimate import Traced
 from artifex.scaling.autodist.spread import Spread
@@ -44,3 +44,10 @@ class Subject(Protocol):
     def about(self) -> dict[str, Any]:
         """What a plan file says it is for."""
         ...
+
+
+@runtime_checkable
+class Infers(Protocol):
+    """A subject that can be planned without its training."""
+
+    def inferring(self) -> Subject: ...
