@@ -49,6 +49,7 @@ def predicted(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "state": found.state,
         "own": found.own,
+        "seconds": found.seconds,
         "flops": found.flops,
         "convolutions": found.convolutions,
         "sent": dict(sent),
@@ -72,52 +73,92 @@ def main() -> None:
 def report(rows: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
     """The tables, as Markdown."""
     import numpy as np
-    from scipy.stats import kendalltau
 
+    pairs = list(zip(rows, found, strict=True))
     factors = {}
     for convolutions in (False, True):
-        ratios = [
-            row["temp"] / one["own"]
-            for row, one in zip(rows, found, strict=True)
-            if row["family"] in FITTED and one["convolutions"] == convolutions
-        ]
-        factors[convolutions] = float(np.median(ratios)) if ratios else 1.0
+        of = [(row, one) for row, one in pairs if row["family"] in FITTED and one["convolutions"] == convolutions]
+        factors[convolutions] = float(np.median([row["temp"] / one["own"] for row, one in of])) if of else 1.0
+    print(f"factors fitted on {', '.join(FITTED)}: without convolutions {factors[False]:.3f}, with {factors[True]:.3f}")
     print(
-        f"factors fitted on {', '.join(FITTED)}: without convolutions {factors[False]:.3f}, with {factors[True]:.3f}\n"
+        "\n| family | plans | state exact | median | 95 % | worst | without factor | tau | sent, median | within 5 % |"
     )
-    print("| family | plans | state exact | median | 95 % | worst | raw median | tau | sent median | sent within 5 % |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    scored: dict[str, list[float]] = collections.defaultdict(list)
-    for family in [*grid.FAMILIES, "fitted", "scored", "all"]:
-        chosen = [
-            (row, one)
-            for row, one in zip(rows, found, strict=True)
-            if family in (row["family"], "all")
-            or (family == "fitted" and row["family"] in FITTED)
-            or (family == "scored" and row["family"] not in FITTED)
-        ]
-        if not chosen:
-            continue
-        whole = [
-            one["state"] + factors[one["convolutions"]] * one["own"] + row["output"] - row["alias"]
-            for row, one in chosen
-        ]
-        errors = np.abs([value / row["whole"] - 1 for value, (row, _) in zip(whole, chosen, strict=True)])
-        raw = np.abs([(one["state"] + one["own"]) / row["whole"] - 1 for row, one in chosen])
-        exact = sum(row["argument"] == one["state"] for row, one in chosen)
-        by_family: list[float] = []
-        for name in {row["family"] for row, _ in chosen}:
-            pair = [
-                (value, row["whole"]) for value, (row, _) in zip(whole, chosen, strict=True) if row["family"] == name
-            ]
-            by_family.append(kendalltau(*zip(*pair, strict=True))[0])
-        sends = np.abs([one["total_sent"] / sum(s[2] for s in row["sends"]) - 1 for row, one in chosen])
-        print(
-            f"| {family} | {len(chosen)} | {exact} | {np.median(errors):.1%} | {np.quantile(errors, 0.95):.1%} | "
-            f"{errors.max():.1%} | {np.median(raw):.1%} | {np.mean(by_family):.2f} | {np.median(sends):.1%} | "
-            f"{np.mean(sends < 0.05):.0%} |"
-        )
-        scored[family] = errors.tolist()
+    groups = {family: (family,) for family in grid.FAMILIES}
+    groups |= {"fitted": FITTED, "scored": tuple(set(grid.FAMILIES) - set(FITTED)), "all": tuple(grid.FAMILIES)}
+    for title, families in groups.items():
+        if chosen := [(row, one) for row, one in pairs if row["family"] in families]:
+            print(line(title, chosen, factors))
+    regrets(pairs, factors)
+
+
+def regrets(pairs: list[tuple[dict[str, Any], dict[str, Any]]], factors: dict[bool, float]) -> None:
+    """What the planner would choose of the grid's plans within a limit, by the roofline of the compiled programs: how
+    much slower it is than the best that fits by XLA, and whether it fits by XLA itself."""
+    import numpy as np
+
+    from artifex.scaling.autodist.cluster import Cluster
+
+    cluster = Cluster.parse("gpu:h100:1x8")
+    rate = cluster.compute_seconds(1.0, 0.0, "float32")
+    slower, exceeded, refused, fitting = [], 0, 0, 0
+    print("\n| family | limit | chosen | slower than the best | fits by XLA |")
+    print("| --- | --- | --- | --- | --- |")
+    for family in grid.FAMILIES:
+        of = [(row, one) for row, one in pairs if row["family"] == family]
+        for share in (0.2, 0.4, 0.6, 0.8):
+            if not of:
+                continue
+            limit = float(np.quantile([row["whole"] for row, _ in of], share))
+            times, fits, told, expected = [], [], [], []
+            for row, one in of:
+                sent = sum(size for *_, size, _ in row["sends"])
+                times.append(row["flops"] / grid.DEVICES * rate + sent / cluster.hardware.inside)
+                fits.append(row["whole"] <= limit)
+                told.append(one["flops"] * rate + one["total_sent"] / cluster.hardware.inside)
+                expected.append(one["state"] + factors[one["convolutions"]] * one["own"] <= limit)
+            refused += sum(real and not said for real, said in zip(fits, expected, strict=True))
+            fitting += sum(fits)
+            # as with --verify: the fastest that is predicted to fit, and does when it is compiled
+            order = [index for index in np.argsort(told) if expected[index]]
+            exceeded += bool(order) and not fits[order[0]]
+            chosen = next((index for index in order if fits[index]), None)
+            if chosen is None:
+                print(f"| {family} | {limit / 2**20:.0f} MiB | none | | |")
+                continue
+            best = min(time for time, fit in zip(times, fits, strict=True) if fit)
+            slower.append(times[chosen] / best - 1)
+            first = "yes" if order[0] == chosen else "not the first"
+            print(f"| {family} | {limit / 2**20:.0f} MiB | {of[chosen][1]['spread']} | {slower[-1]:.1%} | {first} |")
+    print(
+        f"\n{len(slower)} choices: within 3 % of the best in {np.mean(np.array(slower) <= 0.03):.0%}, at worst "
+        f"{max(slower):.1%}; {exceeded} first choices exceed the limit by XLA; {refused} of {fitting} plans that fit "
+        "are predicted not to"
+    )
+
+
+def line(title: str, chosen: list[tuple[dict[str, Any], dict[str, Any]]], factors: dict[bool, float]) -> str:
+    """A row of the table."""
+    import numpy as np
+    from scipy.stats import kendalltau
+
+    def whole(row: dict[str, Any], one: dict[str, Any], factor: float) -> float:
+        return one["state"] + factor * one["own"] + row["output"] - row["alias"]
+
+    values = [whole(row, one, factors[one["convolutions"]]) for row, one in chosen]
+    errors = np.abs([value / row["whole"] - 1 for value, (row, _) in zip(values, chosen, strict=True)])
+    raw = np.abs([whole(row, one, 1.0) / row["whole"] - 1 for row, one in chosen])
+    exact = sum(row["argument"] == one["state"] for row, one in chosen)
+    taus = []
+    for name in {row["family"] for row, _ in chosen}:
+        of = [(value, row["whole"]) for value, (row, _) in zip(values, chosen, strict=True) if row["family"] == name]
+        taus.append(kendalltau([value for value, _ in of], [real for _, real in of])[0])
+    sent = np.abs([one["total_sent"] / sum(size for *_, size, _ in row["sends"]) - 1 for row, one in chosen])
+    return (
+        f"| {title} | {len(chosen)} | {exact} | {np.median(errors):.1%} | {np.quantile(errors, 0.95):.1%} | "
+        f"{errors.max():.1%} | {np.median(raw):.1%} | {np.mean(taus):.2f} | {np.median(sent):.1%} | "
+        f"{np.mean(sent < 0.05):.0%} |"
+    )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,7 +43,8 @@ class ModuleSubject:
         if not batch:
             raise ValueError("a module is planned for a batch: give batch={'tokens': ((64, 256), 'int32'), ...}")
         build = what if callable(what) and not isinstance(what, nnx.Module) else None
-        model = nnx.eval_shape(build) if build is not None else what
+        with nnx.use_eager_sharding(False):  # names are no axes of a mesh that is at hand
+            model = nnx.eval_shape(build) if build is not None else what
         self.graphdef, params, rest = nnx.split(model, nnx.Param, ...)
         self.params, self.rest = (jax.tree.map(_shape, nnx.to_pure_dict(tree)) for tree in (params, rest))
         self.names = _names(params)
@@ -116,7 +116,9 @@ class ModuleSubject:
         batch = {}
         for name, leaf in self.batch.items():
             axes = BATCH.get(len(leaf.shape), ("batch", "height", "width", "channels")[: len(leaf.shape)])
-            axes = axes if len(axes) == len(leaf.shape) else ("batch", *[None] * (len(leaf.shape) - 1))
+            features = len(leaf.shape) == 2 and not jnp.issubdtype(leaf.dtype, jnp.integer)  # of a row, no tokens
+            if len(axes) != len(leaf.shape) or features:
+                axes = ("batch", *[None] * (len(leaf.shape) - 1))
             table = rules.activations
             batch[name] = jax.ShapeDtypeStruct(
                 leaf.shape, leaf.dtype, sharding=_layout_of_batch(leaf.shape, axes, table, sizes, mesh)
@@ -145,7 +147,8 @@ class ModuleSubject:
                 return loss, jax.tree.map(jax.lax.with_sharding_constraint, grads, gradients)
 
             loss, grads = parts(function, params, rest, batch)
-            updates, moments = OPTIMIZER.update(grads, moments, params)
+            with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step count with floats
+                updates, moments = OPTIMIZER.update(grads, moments, params)
             return (optax.apply_updates(params, updates), rest, moments), loss
 
         def forward(state: Any, batch: Any) -> Any:
@@ -165,7 +168,8 @@ class ModuleSubject:
         try:
             jaxpr = step.trace(*args).jaxpr
         except Exception as error:
-            last = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
+            said = str(error).splitlines()[:1]  # without the notes that JAX adds
+            last = " ".join([f"{type(error).__name__}:", *said])
             raise ValueError(f"the loss of {self.name!r} cannot be traced as {spread}: {last}") from error
         state, batch = args
         held = {"parameters": bytes_on_device(state[0]), "buffers": bytes_on_device(state[1])}

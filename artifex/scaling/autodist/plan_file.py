@@ -24,7 +24,20 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 KEYS = (
-    *("schema", "task", "about", "cluster", "device", "training", "mesh", "rules", "stages", "predicted", "checked"),
+    *(
+        "schema",
+        "task",
+        "about",
+        "cluster",
+        "device",
+        "training",
+        "mesh",
+        "rules",
+        "stages",
+        "predicted",
+        "checked",
+        "proof",
+    ),
     *("runners_up", "constraints", "notes", "versions"),
 )
 FOLLOWED = ("remat", "gradient_accumulation")
@@ -61,6 +74,7 @@ def write(found: Planned, path: str | Path) -> None:
             "seconds": {name: float(f"{value:.4g}") for name, value in estimate.seconds_of.items()},
         },
         "checked": found.checked,
+        "proof": _proof(found),
         "runners_up": [
             {"spread": str(one.spread), "bytes": round(one.estimate.whole), "lost": found.lost(one)}
             for one in found.runners
@@ -145,6 +159,15 @@ def load(path: str | Path, subject: Subject, cluster: Cluster, config: AutoDistC
         searched=f"read from {path}",
         notes=tuple(notes),
     )
+
+
+def _proof(found: Planned) -> dict[str, Any] | None:
+    """What a compiler said of the plan, in numbers."""
+    proof = found.proofs.get(found.spread)
+    if proof is None or proof.bytes is None:
+        return None
+    sent = {axes: round(size) for axes, size in proof.sends.items()}
+    return {"bytes": proof.bytes, "sent_bytes": sent, "compiler": proof.compiler}
 
 
 def versions() -> dict[str, str]:

@@ -83,6 +83,8 @@ def search(subject: Subject, cluster: Cluster, config: AutoDistConfig, limiting:
         (fits if limit is None or candidate.estimate.whole <= limit else over).append(candidate)
         if config.verbose:
             say(f"  {candidate.spread}: {candidate.estimate.whole / 2**30:.2f} GiB, {candidate.estimate.seconds:.4g} s")
+    if not fits and not over:  # what would need the least, to be told what is missing
+        over = list(itertools.islice(filter(None, map(look.candidate, guessed.least())), 1))
     fits.sort(key=lambda one: rank(one.estimate.seconds, one.estimate.whole, one.spread.devices))
     over.sort(key=lambda one: one.estimate.whole)
     took = time.perf_counter() - start
@@ -123,8 +125,11 @@ def looked_at(
         if reason := limiting.cut(spread):
             refused[f"{spread}: {reason}"] = None
             continue
-        spread = limiting.kept(spread)
-        if spread is None or spread in seen:
+        kept = limiting.kept(spread)
+        if kept is None:
+            refused[f"{spread}: the partition constraints do not allow it"] = None
+            continue
+        if (spread := kept) in seen:
             continue
         seen.add(spread)
         try:
@@ -160,6 +165,11 @@ class Look:
                 self.subject.traced(spread, self.platform), self.cluster, coefficients=self.coefficients
             )
         return self.known[spread]
+
+    def candidate(self, pair: tuple[Guess, Spread]) -> Candidate | None:
+        """A guess looked at closely, None where it does not fit the model."""
+        found = self.or_none(pair[1])
+        return None if found is None else Candidate(pair[1], found, pair[0])
 
     def ahead(self, guessed: Iterable[tuple[Guess, Spread]], nproc: int) -> Iterator[tuple[Guess, Spread]]:
         """The same in the same order; with several processes they estimate the next ones while they wait."""
@@ -240,14 +250,14 @@ def space_of(subject: Subject, config: AutoDistConfig, cluster: Cluster) -> Spac
             allowed = [config.zero_ngroups] if config.zero_ngroups > 1 else []
         sizes[axis] = [n for n in allowed if _divides(subject, axis, n)]
     zeros = {0: (0,), 1: (1,), 2: (2,), 3: (0,), "auto": (0, 1, 2)}[zero]
-    fixed = "update_freq" in config.model_fields_set
+    fixed = config.update_freq if "update_freq" in config.model_fields_set else None
     rows = divisors(subject.rows)
-    accumulations = (config.update_freq,) if fixed else tuple(n for n in rows if n <= 16)
+    accumulations = (fixed,) if fixed else tuple(n for n in rows if n <= 16)
     schedules = (config.pipeline_scheduler,)
     remats = REMATS if subject.blocks else ("none",)
     if config.recompute_modules or config.recompute != "auto":
         remats = (recompute_setting(config) if config.recompute_modules else config.recompute,)
-    return Space(devices, subject.rows, sizes, zeros, remats, accumulations, schedules)
+    return Space(devices, subject.rows, sizes, zeros, remats, accumulations, schedules, microbatches=fixed)
 
 
 def as_asked(sizes: tuple[tuple[str, int], ...], config: AutoDistConfig) -> bool:
@@ -333,6 +343,16 @@ class Guesses:
             for found, chosen in self.chosen(spread):
                 key = self.rank(found.seconds, found.bytes, spread.devices)
                 heapq.heappush(waiting, (key, next(order), found, chosen))
+
+    def least(self) -> list[tuple[Guess, Spread]]:
+        """The spreads that are guessed to need the least memory, in order."""
+        found = []
+        smallest = min(self.sketch.basis.own, key=self.sketch.basis.own.__getitem__)
+        for spread in self.spreads:
+            if counts := self.space.accumulations_of(spread):
+                one = dataclasses.replace(spread, remat=smallest, accumulation=max(counts))
+                found.append((self.sketch.guess(one), one))
+        return sorted(found, key=lambda pair: pair[0].bytes)
 
     def chosen(self, spread: Spread) -> list[tuple[Guess, Spread]]:
         """What the solver takes on one mesh, by remat, microbatches and modules left whole, for several guesses at

@@ -137,7 +137,7 @@ class Space:
     accumulations: tuple[int, ...] = (1,)
     schedules: tuple[str, ...] = ("1f1b",)
     per_stage: tuple[int, ...] = (1, 2, 4, 8)  # microbatches of a pipeline, to each of its devices
-    groups: int = 1  # ZeRO groups: copies of the state
+    microbatches: int | None = None  # of an update where they are asked for: a pipeline's, or those without one
 
     def meshes(self) -> Iterator[tuple[tuple[str, int], ...]]:
         """Every mesh of all devices whose axes have sizes that are allowed and divide the rows."""
@@ -167,9 +167,10 @@ class Space:
         stages = mesh.get("pipeline", 1)
         parts = [(1, 1, self.schedules[0])]
         if stages > 1:
+            counts = [self.microbatches] if self.microbatches else [count * stages for count in self.per_stage]
             parts = [
-                (count * stages, 2 if schedule == "interleaved" else 1, schedule)
-                for schedule, count in itertools.product(self.schedules, self.per_stage)
+                (count, 2 if schedule == "interleaved" else 1, schedule)
+                for schedule, count in itertools.product(self.schedules, counts)
             ]
         for zero, (micro, each, schedule) in itertools.product(zeros, parts):
             if rows % micro:
@@ -185,7 +186,8 @@ class Space:
     def accumulations_of(self, spread: Spread) -> tuple[int, ...]:
         """The counts of microbatches, around those of a pipeline, that divide a device's rows."""
         rows = self.rows // spread.row_ways // (spread.microbatches or 1)
-        return tuple(count for count in self.accumulations if rows % count == 0)
+        counts = (1,) if spread.microbatches and self.microbatches else self.accumulations
+        return tuple(count for count in counts if rows % count == 0)
 
 
 def divisors(number: int) -> list[int]:
