@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from artifex.scaling.autodist.cluster import Cluster
@@ -15,10 +16,11 @@ from artifex.scaling.placement import size_text
 def nothing_fits(subject: Subject, cluster: Cluster, config: AutoDistConfig, found: Found) -> str:
     """One line: the nearest spread, what of it takes how much, and remedies."""
     limit = config.memory_bytes
-    if not found.over or limit is None:
+    over = [one for one in found.over if limit is not None and one.estimate.whole > limit]
+    if not over or limit is None:
         why = f" ({found.refused[0]})" if found.refused else ""
         return f"no spread of {subject.name!r} over {config.devices} devices keeps to the options{why}; widen them"
-    least = min(found.over, key=lambda one: one.estimate.whole)
+    least = min(over, key=lambda one: one.estimate.whole)
     parts = {**least.estimate.held, "the step besides": least.estimate.own}
     largest = sorted(parts.items(), key=lambda pair: -pair[1])[:4]
     broken = ", ".join(f"{name} {size_text(size)}" for name, size in largest if size > 0)
@@ -47,7 +49,13 @@ def remedies(least: Candidate, limit: int, config: AutoDistConfig) -> Iterator[s
         yield "recompute='full' keeps less"
     more = devices * _up(found.whole / limit)
     yield f"{more} devices would need about {size_text(found.whole / _up(found.whole / limit))} each"
-    yield f"memory_constraint={found.whole / 2**30:.3g} would do"
+    yield f"memory_constraint={_enough(found.whole / 2**30):g} would do"
+
+
+def _enough(number: float) -> float:
+    """At least the number, in three digits."""
+    digit = 10.0 ** (math.floor(math.log10(number)) - 2)
+    return math.ceil(number / digit) * digit
 
 
 def _up(ratio: float) -> int:

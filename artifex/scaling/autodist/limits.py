@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -106,10 +107,11 @@ class Limiting:
                 return None
         return dataclasses.replace(spread, whole=tuple(sorted(whole))) if whole else spread
 
-    def refuses(self, found: Estimate) -> str:
-        """Why an estimated spread is refused, "" where it is not."""
+    def refuses(self, found: Estimate, sizes: Mapping[str, int]) -> str:
+        """Why an estimated spread over a mesh of `sizes` is refused, "" where it is not."""
         if self.max_all_reduce is not None:
-            most = max((one.bytes / 2 for one in found.sends if one.kind == "all-reduce"), default=0.0)
+            summed = [(one, math.prod(sizes[axis] for axis in one.axes)) for one in found.sends]
+            most = max((one.bytes * n / (2 * (n - 1)) for one, n in summed if one.kind == "all-reduce"), default=0.0)
             if most > self.max_all_reduce:
                 return f"an all-reduce of {size_text(most)}, max_all_reduce_size is {size_text(self.max_all_reduce)}"
         return ""

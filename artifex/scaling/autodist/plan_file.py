@@ -15,6 +15,7 @@ import artifex
 from artifex.config_device import DeviceConfig
 from artifex.config_io import ConfigError, did_you_mean, read_mapping, shown, write_mapping
 from artifex.scaling.autodist.spread import Spread
+from artifex.scaling.names import ACTIVATION_AXES
 
 if TYPE_CHECKING:
     from artifex.scaling.autodist.cluster import Cluster
@@ -49,7 +50,11 @@ def write(found: Planned, path: str | Path) -> None:
     tables = {"weights": plan.rules.params, "gradients": plan.rules.gradients, "optimizer": plan.rules.optimizer}
     tables |= {"activations": plan.rules.activations}
     named = {
-        title: {rule.name: "+".join(over) for rule in table if (over := _over(rule.axes, plan.sizes))}
+        title: {
+            rule.name: "+".join(over)
+            for rule in table
+            if (over := _over(rule.axes, plan.sizes)) and (rule.name in ACTIVATION_AXES or rule.name in found.names)
+        }
         for title, table in tables.items()
     }
     sends: dict[str, int] = {}

@@ -44,6 +44,7 @@ class Planned:
     constraints: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     proofs: Mapping[Spread, Proof] = dataclasses.field(default_factory=dict)
+    names: frozenset[str] = frozenset()  # logical axes of the parameters
 
     @property
     def spread(self) -> Spread:

@@ -79,6 +79,7 @@ def _searched(
         f"{found.seconds:.1f} s",
         (config.partition_constraints_path,) if config.partition_constraints_path else (),
         tuple(notes),
+        names=frozenset(name for leaf in subject.leaves for name in leaf.names),
     )
 
 

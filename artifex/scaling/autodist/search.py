@@ -69,6 +69,7 @@ def search(subject: Subject, cluster: Cluster, config: AutoDistConfig, limiting:
         config.is_train,
     )
     if not sketch.basis.own:
+        look(next(space.settings(meshes[0]), Spread(meshes[0])))  # says why, such as a loss that cannot be traced
         raise ValueError(no_mesh(subject, config, space))
     limit = config.memory_bytes
     spreads = [spread for sizes in meshes for spread in space.settings(sizes)]
@@ -137,7 +138,7 @@ def looked_at(
         except ValueError as error:
             refused[f"{spread}: {error}"] = None
             continue
-        if reason := limiting.refuses(candidate.estimate):
+        if reason := limiting.refuses(candidate.estimate, spread.mesh):
             refused[f"{spread}: {reason}"] = None
             continue
         yield candidate
@@ -323,7 +324,10 @@ class Guesses:
         self.solved = 0  # how many spreads were solved for
 
     def __iter__(self) -> Iterator[tuple[Guess, Spread]]:
-        by_memory = self.config.objective == "memory"
+        if self.config.objective == "memory":
+            self.solved = len(self.spreads)
+            yield from self.least()
+            return
         order = itertools.count()
         waiting: list[tuple[Any, int, Guess | None, Spread]] = []
         fastest = min(self.sketch.basis.flops, key=self.sketch.basis.flops.__getitem__)
@@ -332,7 +336,7 @@ class Guesses:
                 continue
             one = dataclasses.replace(spread, remat=fastest, accumulation=min(counts))
             least = self.sketch.guess(one, 0.0)
-            key = (0, 0) if by_memory else self.rank(0.95 * least.seconds, 0, spread.devices)
+            key = self.rank(0.95 * least.seconds, 0, spread.devices)
             waiting.append((key, next(order), None, spread))
         heapq.heapify(waiting)
         while waiting:
@@ -347,12 +351,12 @@ class Guesses:
     def least(self) -> list[tuple[Guess, Spread]]:
         """The spreads that are guessed to need the least memory, in order."""
         found = []
-        smallest = min(self.sketch.basis.own, key=self.sketch.basis.own.__getitem__)
         for spread in self.spreads:
-            if counts := self.space.accumulations_of(spread):
-                one = dataclasses.replace(spread, remat=smallest, accumulation=max(counts))
-                found.append((self.sketch.guess(one), one))
-        return sorted(found, key=lambda pair: pair[0].bytes)
+            state = self.sketch.state(spread)
+            for count, remat in itertools.product(self.space.accumulations_of(spread), self.sketch.basis.own):
+                one = dataclasses.replace(spread, remat=remat, accumulation=count)
+                found.append((self.sketch.guess(one, state), one))
+        return sorted(found, key=lambda pair: (pair[0].bytes, pair[0].seconds))
 
     def chosen(self, spread: Spread) -> list[tuple[Guess, Spread]]:
         """What the solver takes on one mesh, by remat, microbatches and modules left whole, for several guesses at
@@ -366,12 +370,12 @@ class Guesses:
             for selection in solve(choices, room, solver=config.solver, granularity=config.memory_granularity):
                 remat, count = selection.taken[0].label.rsplit(" ", 1)
                 whole = tuple(option.label for option in selection.taken[1:] if option.label)
-                if whole and len(whole) == len(selection.taken) - 1:  # that is data parallelism, a mesh of its own
-                    continue
-                chosen = dataclasses.replace(spread, remat=remat, accumulation=int(count), whole=whole)
-                found[chosen] = Guess(selection.bytes, selection.seconds)
+                divided = dataclasses.replace(spread, remat=remat, accumulation=int(count))
                 if whole:  # what many small sums cost, only a closer look tells
-                    found[dataclasses.replace(chosen, whole=())] = Guess(selection.bytes, selection.seconds)
+                    found[divided] = self.sketch.guess(divided)
+                if not whole or len(whole) < len(selection.taken) - 1:  # all of them: data parallelism, another mesh
+                    chosen = dataclasses.replace(divided, whole=whole)
+                    found[chosen] = Guess(selection.bytes, selection.seconds)
         return [(guess, chosen) for chosen, guess in found.items()]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from artifex.scaling.autodist.cluster import Cluster
 from artifex.scaling.autodist.estimate import TURN, Estimate
@@ -43,12 +43,13 @@ class Leaf:
 @dataclasses.dataclass(frozen=True)
 class Basis:
     """What was traced: of each remat bytes a device keeps and FLOPs it computes, of all devices that divide all; of
-    an axis the bytes sent for each row and part, `per_row`, that a device has."""
+    an axis the bytes sent for each row and part, `per_row`, that a device has, and how often in a part, `calls`."""
 
     own: Mapping[str, float]
     flops: Mapping[str, float]
     per_row: Mapping[str, float]
     devices: int
+    calls: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,24 +119,41 @@ class Sketch:
             each = spread.stages_per_device
             padded = math.ceil(self.blocks / (stages * each)) * stages * each / self.blocks
             compute *= padded * (count * each + stages - 1) / (count * each)
+        arrays = math.ceil(self.arrays(self.leaves) / stages)
         total = cluster.compute_seconds(compute, 0.0, self.dtype) + TURN * (parts - 1)
         dividing = tuple(axis for axis in ("fsdp", "expert", "context") if spread.of(axis) > 1)
         if dividing:
             share = (rest - 1) / rest
-            total += cluster.seconds("all-gather", 2 * parts * weights * share, dividing, sizes)
+            total += cluster.seconds("all-gather", 2 * parts * weights * share, dividing, sizes, 2 * parts * arrays)
             if self.trains:
-                total += cluster.seconds("reduce-scatter", parts * gradients * share, dividing, sizes)
+                sent = parts * gradients * share
+                total += cluster.seconds("reduce-scatter", sent, dividing, sizes, parts * arrays)
         data = tuple(axis for axis in ("replica", "data") if spread.of(axis) > 1)
         if (n := spread.of("replica") * spread.of("data")) > 1 and self.trains:
             sent = 2 * parts * gradients / rest * (n - 1) / n
-            total += cluster.seconds("all-reduce", sent, data, sizes)
+            total += cluster.seconds("all-reduce", sent, data, sizes, parts * arrays)
+            if spread.zero:  # new weights, at rest, of a device's part of the optimizer's state
+                size = gradients * self.itemsize / rest * (spread.of("data") - 1) / spread.of("data")
+                total += cluster.seconds("all-gather", size, ("data",), sizes, arrays)
         for axis, per_row in self.basis.per_row.items():
             if (n := spread.of(axis)) > 1:
                 rows = self.rows / spread.row_ways / spread.of("context")
                 sent = per_row * rows * (n - 1) / n / (spread.of("tensor") if axis == "context" else 1) / stages
                 kind = "all-reduce" if axis == "tensor" else "collective-permute" if axis != "expert" else "all-to-all"
-                total += cluster.seconds(kind, sent, (axis,), sizes)
+                total += cluster.seconds(kind, sent, (axis,), sizes, round(parts * self.basis.calls.get(axis, 1)))
         return total
+
+    @property
+    def itemsize(self) -> float:
+        """Bytes of weights at rest to each of gradients."""
+        held, moved = (
+            sum(getattr(leaf, what) * leaf.size for leaf in self.leaves) for what in ("itemsize", "gradient")
+        )
+        return held / moved if moved else 1.0
+
+    def arrays(self, leaves: Iterable[Leaf]) -> int:
+        """How many arrays their weights are gathered as: those of a stack one by one."""
+        return sum(self.blocks if "layers" in leaf.names else 1 for leaf in leaves)
 
     def choices(self, spread: Spread, accumulations: tuple[int, ...]) -> list[Choice]:
         """What is left to choose on a mesh: remat and microbatches, and which modules' weights stay whole where axes
@@ -155,7 +173,7 @@ class Sketch:
         for module, leaves in self.modules().items():
             held = sum((leaf.itemsize + leaf.optimizer) * leaf.size for leaf in leaves)
             sent = sum(leaf.computed * leaf.size for leaf in leaves) * (n - 1) / n
-            saved = self.cluster.seconds("all-gather", sent, axes, spread.mesh)
+            saved = self.cluster.seconds("all-gather", sent, axes, spread.mesh, self.arrays(leaves))
             more = Option(f"{module}/*", int(held * (n - 1) / n), 0.0)
             found.append(Choice(module, (Option("", 0, saved), more)))
         return found
@@ -193,7 +211,7 @@ def basis(
     rows: int,
 ) -> Basis:
     """Trace what the guesses need: `whole` with each remat, and a spread for each axis that divides activations."""
-    own, flops, per_row = {}, {}, {}
+    own, flops, per_row, calls = {}, {}, {}, {}
     for remat in remats:
         found = estimate(dataclasses.replace(whole, remat=remat))
         if found is not None:
@@ -205,7 +223,9 @@ def basis(
         n = spread.of(axis)
         kinds = {"tensor": None, "context": ("collective-permute", "all-to-all"), "expert": ("all-to-all",)}
         of = kinds.get(axis, ("collective-permute",))
-        sent = sum(one.bytes * one.times for one in found.sends if axis in one.axes and (of is None or one.kind in of))
+        mine = [one for one in found.sends if axis in one.axes and (of is None or one.kind in of)]
+        sent = sum(one.bytes * one.times for one in mine)
+        calls[axis] = sum(one.times for one in mine) / (spread.accumulation * (spread.microbatches or 1))
         there = rows / spread.row_ways / spread.of("context")
         per_row[axis] = sent / there * n / (n - 1)
-    return Basis(own, flops, per_row, whole.devices)
+    return Basis(own, flops, per_row, whole.devices, calls)
