@@ -14,10 +14,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from test_roll_call import beside_another_program, free_port, meet
 
-from artifex.cli import START, parse_train
+from artifex.cli import START, parse_train, text_of
 from artifex.config import Config, DeviceConfig
 from artifex.data.text import load_text
 from artifex.scaling import remat, sharding
+from artifex.scaling.autodist import AutoDistConfig
 from artifex.scaling.axes import ACTIVATION_AXES, WEIGHT_AXES
 from artifex.scaling.mesh_utils import create_device_mesh, setup_mesh
 from artifex.scaling.plan import Plan
@@ -194,6 +195,13 @@ def test_the_page_on_processes_has_each_option_with_its_default():
     rows = table("docs/scaling/processes.md", "## Two processes on one machine")
     assert [row[0].strip("`") for row in rows] == list(START)
     assert rows[0][2] == f"`{Start().distributed}`" and rows[-1][2] == str(Start().wait)
+
+
+def test_the_page_on_the_planner_has_each_option_with_its_default():
+    rows = table("docs/scaling/planner.md", "## Every option")
+    assert [(row[0].strip("| `"), row[1].strip("`")) for row in rows] == [
+        (name, text_of(field.default)) for name, field in AutoDistConfig.model_fields.items()
+    ]
 
 
 def test_the_scaling_page_has_each_name_with_its_sentence():
