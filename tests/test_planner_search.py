@@ -17,7 +17,8 @@ from artifex.scaling.autodist import AutoDistConfig, plan
 from artifex.scaling.autodist.cluster import Cluster
 from artifex.scaling.axes import resolve
 
-FREE = {"search_space": ["data", "fsdp"], "zero_stage": "auto", "topk": 2}
+FREE = {"search_space": ["data", "fsdp"], "zero_stage": "auto", "update_freq": 1, "topk": 2}
+LEAST = {**FREE, "recompute": "none"}
 
 
 @functools.cache
@@ -43,23 +44,22 @@ def refused(error=ValueError, **given) -> str:
 def limits() -> list[float]:
     """Memory in GB: what the choice takes where there is enough, and less of it down to what hardly anything fits."""
     most = planned(**FREE).estimate.whole
-    least = predicted(spread_of("fsdp 8", remat="full", accumulation=2)).estimate.whole
+    least = predicted(spread_of("fsdp 8", remat="full")).estimate.whole
     return [size / GIB for size in (most, (most + least) / 2, 1.05 * least)]
 
 
-def test_all_that_is_returned_fits_and_stands_in_order(limits):
+def test_tighter_memory_changes_the_plan_and_all_that_is_returned_fits_in_order_of_time(limits):
+    chosen = []
     for memory in limits:
         found = every(planned(**FREE, memory_constraint=memory))
         assert all(one.estimate.whole <= memory * GIB for one in found)
         times = [one.estimate.seconds for one in found]
         assert times == sorted(times) and len({one.spread for one in found}) == len(found)
-
-
-def test_tighter_memory_changes_the_plan_and_never_makes_it_faster(limits):
-    found = [planned(**FREE, memory_constraint=memory) for memory in limits]
-    assert found[0].spread != found[-1].spread
-    times = [one.estimate.seconds for one in found]
+        chosen.append(found[0])
+    times = [one.estimate.seconds for one in chosen]
     assert times == sorted(times)
+    assert chosen[0].spread != chosen[-1].spread
+    assert len({one.spread.remat for one in chosen}) > 1
 
 
 @functools.cache
@@ -67,44 +67,46 @@ def by_hand():
     """Spreads that an engineer would write down, estimated."""
     meshes = ["data 8", "fsdp 8", "data 2 x fsdp 4", "data 2 x tensor 4", "fsdp 4 x tensor 2"]
     chosen = [spread_of(mesh, remat=remat) for mesh in meshes for remat in ("none", "full")]
-    chosen += [spread_of("data 8", zero=1), spread_of("fsdp 8", remat="full", accumulation=2)]
+    chosen.append(spread_of("data 8", zero=1))
     return [predicted(spread) for spread in chosen]
 
 
-WITH_TENSOR = {**FREE, "search_space": ["data", "fsdp", "tensor"]}
+WITH_TENSOR = {**LEAST, "search_space": ["data", "fsdp", "tensor"]}
 
 
 def test_no_spread_by_hand_that_fits_is_faster(limits):
-    for memory, asked in ((limits[0], WITH_TENSOR), (limits[1], FREE), (limits[2], FREE)):
+    for memory, asked in ((32.0, WITH_TENSOR), (limits[1], FREE)):
         chosen = planned(**asked, memory_constraint=memory).estimate
         axes = set(asked["search_space"])
         fitting = [one for one in by_hand() if one.estimate.whole <= memory * GIB and axes >= set(one.spread.mesh)]
+        fitting = [one for one in fitting if asked.get("recompute", one.spread.remat) == one.spread.remat]
         assert fitting
         fastest = min(fitting, key=lambda one: one.estimate.seconds)
         assert chosen.seconds <= fastest.estimate.seconds, str(fastest.spread)
 
 
 def test_the_least_memory_is_chosen_where_that_is_asked_for():
-    found = planned(**{**FREE, "objective": "memory"})
+    found = planned(**{**FREE, "search_space": "fsdp", "objective": "memory"})
     sizes = [one.estimate.whole for one in every(found)]
     assert sizes == sorted(sizes)
-    assert sizes[0] <= min(one.estimate.whole for one in by_hand() if one.spread.of("tensor") == 1)
+    assert sizes[0] <= min(one.estimate.whole for one in by_hand() if one.spread.of("fsdp") == 8)
 
 
 def test_device_time_is_that_of_a_step_times_the_devices():
-    time, cost = (planned(**{**FREE, "objective": objective}) for objective in ("throughput", "cost"))
+    time, cost = (planned(**{**LEAST, "objective": objective}) for objective in ("throughput", "cost"))
     assert cost.spread == time.spread  # every plan takes all devices
 
 
-def test_where_nothing_fits_the_error_says_what_is_missing_by_part_and_what_would_do(limits):
-    said = refused(**FREE, memory_constraint=limits[-1] / 20)
+def test_where_nothing_fits_the_error_says_what_is_missing_by_part_and_what_would_do():
+    little = 1e-5
+    said = refused(**LEAST, memory_constraint=little)
     assert "nothing fits" in said and "'llama-nano' on 8 devices needs at least" in said
     assert all(part in said for part in ("parameters", "optimizer state", "the step besides", "more, as "))
     assert "16 devices would" in said or "devices would need about" in said
     enough = number(said, r"memory_constraint=([\d.e-]+) would do")
-    assert planned(**FREE, memory_constraint=enough).estimate.whole <= enough * GIB
-    divided = refused(search_space="data", memory_constraint=limits[-1] / 20)
-    assert "zero_stage='auto' would leave" in divided
+    assert planned(**LEAST, memory_constraint=enough).estimate.whole <= enough * GIB
+    divided = refused(search_space="data", recompute="none", memory_constraint=little)
+    assert "zero_stage='auto' would leave" in divided and "recompute='full' keeps less" in divided
 
 
 def test_without_a_mesh_of_all_devices_the_error_names_the_sizes_that_go():
@@ -119,20 +121,22 @@ def test_without_a_mesh_of_all_devices_the_error_names_the_sizes_that_go():
 
 
 def test_the_search_space_bounds_the_axes():
-    for space in ("data", ["data", "context"], "mixed"):
-        found = every(planned(search_space=space, recompute="full", topk=4))
+    for space in ("data", ["data", "context"]):
+        found = every(planned(search_space=space, recompute="none", topk=20))
         axes = {axis for one in found for axis in one.spread.mesh}
-        if space == "mixed":
-            assert len(axes) > 2
-        else:
-            assert axes == ({space} if space == "data" else set(space))
+        assert axes == ({space} if space == "data" else set(space))
     # two blocks make no pipeline of eight
-    assert "axes may be pipeline 2;" in refused(search_space="pipeline", recompute="full")
+    assert "axes may be pipeline 2;" in refused(search_space="pipeline", recompute="none")
+
+
+@pytest.mark.slow
+def test_all_axes_are_searched_unless_it_is_said():
+    found = every(planned(recompute="full", topk=30))
+    assert {axis for one in found for axis in one.spread.mesh} == {"data", "tensor", "context", "pipeline"}
 
 
 def test_as_many_plans_are_kept_as_are_asked_for():
-    how = {"search_space": ["data", "fsdp"], "zero_stage": "auto", "recompute": "none"}
-    many, few = (every(planned(**how, topk=count)) for count in (20, 2))
+    many, few = (every(planned(**{**LEAST, "topk": count})) for count in (20, 2))
     assert len(few) == 2 and len(many) > 5
     assert few[0].spread == many[0].spread
 
@@ -156,8 +160,8 @@ def axes_of(candidate, path: str) -> set[str]:
 def test_partition_constraints_are_kept(about, tmp_path):
     path = tmp_path / "constraints.yaml"
     path.write_text(CONSTRAINTS[about], encoding="utf-8")
-    memory = {"zero_stage": "auto", "objective": "memory", "recompute": "none", "topk": 4}  # which divides all it may
-    how = {"search_space": ("data", "fsdp", "tensor"), **memory}
+    # the least memory divides all it may
+    how = {**LEAST, "search_space": ("fsdp", "tensor", "data"), "objective": "memory", "zero_stage": 3, "topk": 4}
     found = every(plan_of(partition_constraints_path=path, **how))
     free = every(planned(**how))
     assert found
@@ -273,9 +277,7 @@ def test_modules_that_are_named_are_computed_again(modules, remat):
     assert {one.spread.remat for one in found} == {remat}
 
 
-def test_recomputation_is_as_asked_or_the_planners_choice(limits):
-    chosen = {planned(**FREE, memory_constraint=memory).spread.remat for memory in limits}
-    assert len(chosen) > 1
+def test_recomputation_is_as_asked():
     assert {one.spread.remat for one in every(planned(search_space="data", recompute="dots"))} == {"dots"}
 
 
@@ -396,8 +398,9 @@ def test_without_training_there_is_a_forward_pass_alone(what):
     assert alone.estimate.sent() < 0.01 * trained.estimate.sent()
 
 
-def test_both_solvers_choose_alike(limits):
-    dp, ilp = (planned(**FREE, memory_constraint=limits[1], solver=solver) for solver in ("dp", "ilp"))
+def test_both_solvers_choose_alike():
+    memory = predicted(spread_of("data 4 x fsdp 2")).estimate.whole / GIB
+    dp, ilp = (planned(**LEAST, memory_constraint=memory, solver=solver) for solver in ("dp", "ilp"))
     assert dp.spread == ilp.spread
 
 
@@ -411,7 +414,7 @@ def test_a_cluster_that_is_not_there_is_planned_by_its_own_links():
 
 
 def test_the_answer_says_what_it_is_and_what_lost():
-    text = str(planned(**FREE))
+    text = str(planned(**LEAST))
     lines = text.splitlines()
     assert lines[0] == "plan 'default' for llama-nano on cpu:8, 8 devices of 32 GiB each"
     assert max(map(len, lines)) < 240

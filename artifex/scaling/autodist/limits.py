@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from artifex.config_device import DIVIDING
 from artifex.scaling.autodist import stages
 from artifex.scaling.autodist.config import AutoDistConfig
-from artifex.scaling.autodist.constraints import Limits, matching, module_matches, read
+from artifex.scaling.autodist.constraints import Limit, Limits, matching, module_matches, read
 from artifex.scaling.autodist.estimate import Estimate
 from artifex.scaling.autodist.sketch import Leaf
 from artifex.scaling.autodist.spread import Spread
@@ -90,22 +90,28 @@ class Limiting:
         for leaf in self.leaves:
             if 1 < leaf.size < self.small and _divides_the_rest(spread):
                 whole.add(leaf.path)
-            limit = self.limits.parameters.get(leaf.path)
-            if limit is None:
-                continue
-            if limit.allows(_axes(leaf, rules, sizes)):
-                continue
-            if limit.must_divide or not limit.allows(_axes(leaf, rules.of_path(leaf.path), sizes)):
-                return None
-            if not _divides_the_rest(spread):
-                return None
-            whole.add(leaf.path)
-        for name, limit in self.limits.axes.items():
-            table = rules.activations if name in ACTIVATION_AXES else rules.params
-            over = [axis for rule in table if rule.name == name for axis in rule.axes if sizes.get(axis, 1) > 1]
-            if not limit.allows(tuple(over)):
+            for dim, limit in self._of(leaf):
+                if limit.allows(_axes(leaf, dim, rules.of_path(leaf.path), sizes)):
+                    continue
+                left = limit.allows(
+                    _axes(leaf, dim, rules.claimed, sizes)
+                )  # by what claims its dims, where it is whole
+                if limit.must_divide or not left or not _divides_the_rest(spread):
+                    return None
+                whole.add(leaf.path)
+        for name in self.limits.axes.keys() & set(ACTIVATION_AXES):
+            over = [axis for rule in rules.activations if rule.name == name for axis in rule.axes]
+            if not self.limits.axes[name].allows([axis for axis in over if sizes.get(axis, 1) > 1]):
                 return None
         return dataclasses.replace(spread, whole=tuple(sorted(whole))) if whole else spread
+
+    def _of(self, leaf: Leaf) -> Iterator[tuple[int | None, Limit]]:
+        """The limits on a parameter as a whole, None, and on its dims."""
+        if leaf.path in self.limits.parameters:
+            yield None, self.limits.parameters[leaf.path]
+        for dim, name in enumerate(leaf.names):
+            if name in self.limits.axes:
+                yield dim, self.limits.axes[name]
 
     def refuses(self, found: Estimate, sizes: Mapping[str, int]) -> str:
         """Why an estimated spread over a mesh of `sizes` is refused, "" where it is not."""
@@ -126,7 +132,10 @@ def _divides_the_rest(spread: Spread) -> bool:
     return spread.zero > 0 or any(spread.of(axis) > 1 for axis in DIVIDING)
 
 
-def _axes(leaf: Leaf, rules: Rules, sizes: Mapping[str, int]) -> tuple[str, ...]:
+def _axes(leaf: Leaf, dim: int | None, rules: Rules, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes that divide one dim of a parameter, or any without."""
     every = {**dict.fromkeys(rules.mesh_axes, 1), **sizes}
     spec = resolve(leaf.names, leaf.shape, rules.params, every, rules.min_weight_size).spec
-    return tuple(axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ()))
+    entries = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
+    entries += [()] * (len(leaf.shape) - len(entries))
+    return tuple(axis for entry in (entries if dim is None else entries[dim : dim + 1]) for axis in entry)

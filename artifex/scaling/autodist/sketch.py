@@ -119,7 +119,7 @@ class Sketch:
             each = spread.stages_per_device
             padded = math.ceil(self.blocks / (stages * each)) * stages * each / self.blocks
             compute *= padded * (count * each + stages - 1) / (count * each)
-        arrays = math.ceil(self.arrays(self.leaves) / stages)
+        arrays = math.ceil(self.count / stages)
         total = cluster.compute_seconds(compute, 0.0, self.dtype) + TURN * (parts - 1)
         dividing = tuple(axis for axis in ("fsdp", "expert", "context") if spread.of(axis) > 1)
         if dividing:
@@ -143,13 +143,17 @@ class Sketch:
                 total += cluster.seconds(kind, sent, (axis,), sizes, round(parts * self.basis.calls.get(axis, 1)))
         return total
 
-    @property
+    @functools.cached_property
     def itemsize(self) -> float:
         """Bytes of weights at rest to each of gradients."""
-        held, moved = (
-            sum(getattr(leaf, what) * leaf.size for leaf in self.leaves) for what in ("itemsize", "gradient")
-        )
+        held = sum(leaf.itemsize * leaf.size for leaf in self.leaves)
+        moved = sum(leaf.gradient * leaf.size for leaf in self.leaves)
         return held / moved if moved else 1.0
+
+    @functools.cached_property
+    def count(self) -> int:
+        """How many arrays all weights are gathered as."""
+        return self.arrays(self.leaves)
 
     def arrays(self, leaves: Iterable[Leaf]) -> int:
         """How many arrays their weights are gathered as: those of a stack one by one."""
