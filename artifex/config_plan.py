@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from artifex.config_io import ConfigError, read_mapping, shown
+from artifex.config_io import ConfigError, did_you_mean, read_mapping, shown
 
 FOLLOWED = {"remat": "none", "gradient_accumulation": 1}
 """Fields of `training` that a plan sets, and their defaults."""
@@ -22,7 +22,7 @@ def with_plan(values: Mapping[str, Any]) -> dict[str, Any]:
     else:
         path = getattr(device, "plan", None)
         given = {name: getattr(device, name) for name in getattr(device, "model_fields_set", ())}
-    if path is None:
+    if not isinstance(path, str):  # none, or what the section refuses
         return dict(values)
     read = read_mapping(path)
     if not isinstance(read.get("device"), dict) or "schema" not in read:
@@ -37,6 +37,9 @@ def with_plan(values: Mapping[str, Any]) -> dict[str, Any]:
     training = values.get("training", {})
     mine = training if isinstance(training, Mapping) else training.model_dump()
     chosen = read.get("training", {})
+    for name in chosen if isinstance(chosen, dict) else [str(chosen)]:
+        if name not in FOLLOWED:
+            raise ConfigError(f"is unknown; {did_you_mean(name, FOLLOWED)}", ("training", name), str(path))
     for name, default in FOLLOWED.items():
         have = mine.get(name, default)
         if have != default and have != chosen.get(name, default):

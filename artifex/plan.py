@@ -111,7 +111,10 @@ def planned(command: Command, say: Callable[[str], None] = lambda line: None) ->
     options, cluster = command.options, None
     if command.cluster is not None:
         memory = options.memory_constraint if "memory_constraint" in options.model_fields_set else None
-        cluster = Cluster.parse(command.cluster, memory)
+        try:
+            cluster = Cluster.parse(command.cluster, memory)
+        except ValueError as error:
+            raise ConfigError(str(error), source=SOURCE) from None
         sizes = {"mesh_row": cluster.hosts, "mesh_col": cluster.devices_per_host, "world_size": cluster.device_count}
         options = AutoDistConfig(**{**_given(options), **sizes, "memory_constraint": cluster.memory / 2**30})
     subject = RunSubject(command.config)

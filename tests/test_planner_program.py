@@ -25,7 +25,7 @@ COMPILED = [
     ("decoder", "data 8", {}, True),
     ("decoder", "fsdp 8", {}, True),
     ("moe", "fsdp 2 x expert 4", {}, True),
-    ("dit", "data 2 x fsdp 2 x tensor 2", {"accumulation": 2}, True),
+    ("dit", "data 2 x fsdp 2 x tensor 2", {"accumulation": 2}, False),
     ("decoder", "data 8", {"zero": 1, "accumulation": 2}, False),
     ("decoder", "fsdp 4 x tensor 2", {"remat": "full"}, False),
     ("decoder", "data 2 x context 4", {}, False),

@@ -268,13 +268,16 @@ def test_groups_that_do_not_divide_the_devices_are_refused_with_those_that_do():
         ("ROOT", "full"),
         ("layers", "full"),
         ("attention", "hidden=keep"),
-        ("blocks.mlp", "qkv=keep,attention=keep"),
+        ("layers.mlp", "qkv=keep,attention=keep"),
         ("attention,mlp", "full"),
+        ("transformer.layer", "full"),
     ],
 )
 def test_modules_that_are_named_are_computed_again(modules, remat):
-    found = every(planned(search_space="data", recompute_modules=modules, topk=2))
-    assert {one.spread.remat for one in found} == {remat}
+    found = planned(search_space="data", recompute_modules=modules, topk=2)
+    assert {one.spread.remat for one in every(found)} == {remat}
+    unknown = "recompute_modules 'transformer.layer' names no module of this model: all its blocks are computed again"
+    assert found.notes == ((unknown,) if "transformer" in modules else ())
 
 
 def test_recomputation_is_as_asked():

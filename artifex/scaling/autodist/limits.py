@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from artifex.config_device import DIVIDING
@@ -33,6 +33,7 @@ class Limiting:
     max_unbalance: float = 0.0
     pivots: tuple[int, ...] = ()  # blocks that may begin a stage, all where there are none
     unknown_pivots: tuple[str, ...] = ()
+    unknown_modules: tuple[str, ...] = ()  # that were to be computed again
 
     @classmethod
     def of(cls, config: AutoDistConfig, leaves: tuple[Leaf, ...], blocks: int | None = None) -> Limiting:
@@ -59,13 +60,19 @@ class Limiting:
             config.max_pipeline_unbalance_ratio,
             tuple(sorted({index for found in at.values() for index in found})),
             tuple(pattern for pattern, found in at.items() if not found),
+            tuple(name for name in config.recompute_patterns if not modules_matching((name,), leaves)),
         )
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Constraints and pivots that are about nothing of this model."""
+        """Constraints, pivots and modules that are about nothing of this model."""
         pivots = [f"pivot {name!r} names no block of this model, and limits nothing" for name in self.unknown_pivots]
-        return (*(f"constraint on {one} is about nothing of this model" for one in self.limits.unused), *pivots)
+        again = [
+            f"recompute_modules {name!r} names no module of this model: all its blocks are computed again"
+            for name in self.unknown_modules
+        ]
+        unused = [f"constraint on {one} is about nothing of this model" for one in self.limits.unused]
+        return (*unused, *pivots, *again)
 
     def cut(self, spread: Spread) -> str:
         """Why no cut of the blocks into a spread's stages keeps to the limits, "" where one does."""
@@ -93,9 +100,8 @@ class Limiting:
             for dim, limit in self._of(leaf):
                 if limit.allows(_axes(leaf, dim, rules.of_path(leaf.path), sizes)):
                     continue
-                left = limit.allows(
-                    _axes(leaf, dim, rules.claimed, sizes)
-                )  # by what claims its dims, where it is whole
+                # what claims its dims divides it even where it is whole
+                left = limit.allows(_axes(leaf, dim, rules.claimed, sizes))
                 if limit.must_divide or not left or not _divides_the_rest(spread):
                     return None
                 whole.add(leaf.path)
@@ -121,6 +127,17 @@ class Limiting:
             if most > self.max_all_reduce:
                 return f"an all-reduce of {size_text(most)}, max_all_reduce_size is {size_text(self.max_all_reduce)}"
         return ""
+
+
+def modules_matching(patterns: Iterable[str], leaves: Iterable[Leaf]) -> tuple[str, ...]:
+    """The paths of modules, "layers/attention", that patterns match, the model itself as "ROOT"."""
+    paths: dict[str, None] = {}
+    for leaf in leaves:
+        parts = leaf.path.split("/")
+        paths |= {"/".join(parts[:depth]): None for depth in range(1, len(parts))}
+    patterns = tuple(patterns)
+    found = tuple(path for path in paths if any(module_matches(each, path) for each in patterns if each != "ROOT"))
+    return ("ROOT", *found) if "ROOT" in patterns else found
 
 
 @functools.lru_cache(4096)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import artifex
 from artifex.config_device import DeviceConfig
 from artifex.config_io import ConfigError, did_you_mean, read_mapping, shown, write_mapping
+from artifex.config_section import Int, checked
 from artifex.scaling.autodist.spread import Spread
 from artifex.scaling.names import ACTIVATION_AXES
 
@@ -105,6 +106,11 @@ def read(path: str | Path) -> tuple[dict[str, Any], Spread]:
         for key in training:
             if key not in FOLLOWED:
                 raise ConfigError(f"is unknown; {did_you_mean(str(key), FOLLOWED)}", ("training", str(key)))
+        checked(training.get("remat", "none"), str, ("training", "remat"))
+        checked(training.get("gradient_accumulation", 1), Int, ("training", "gradient_accumulation"))
+        checked(_section(values, "about").get("rows", 0), Int, ("about", "rows"))
+        checked(values.get("notes", []), list[str], ("notes",))
+        _section(values, "versions")
         try:
             section = DeviceConfig(**device)
         except ConfigError as error:

@@ -16,8 +16,8 @@ from typing import Any
 from artifex.scaling.autodist.cluster import Cluster
 from artifex.scaling.autodist.config import AutoDistConfig
 from artifex.scaling.autodist.estimate import Coefficients, Estimate, estimate
-from artifex.scaling.autodist.limits import Limiting
-from artifex.scaling.autodist.sketch import ACTIVATIONS, Basis, Guess, Sketch, basis
+from artifex.scaling.autodist.limits import Limiting, modules_matching
+from artifex.scaling.autodist.sketch import ACTIVATIONS, Basis, Guess, Leaf, Sketch, basis
 from artifex.scaling.autodist.solvers import solve
 from artifex.scaling.autodist.spread import AXES, Space, Spread, divisors
 from artifex.scaling.autodist.subject import Subject
@@ -257,7 +257,7 @@ def space_of(subject: Subject, config: AutoDistConfig, cluster: Cluster) -> Spac
     schedules = (config.pipeline_scheduler,)
     remats = REMATS if subject.blocks else ("none",)
     if config.recompute_modules or config.recompute != "auto":
-        remats = (recompute_setting(config) if config.recompute_modules else config.recompute,)
+        remats = (recompute_setting(config, subject.leaves) if config.recompute_modules else config.recompute,)
     return Space(devices, subject.rows, sizes, zeros, remats, accumulations, schedules, microbatches=fixed)
 
 
@@ -379,15 +379,8 @@ class Guesses:
         return [(guess, chosen) for chosen, guess in found.items()]
 
 
-def recompute_setting(config: AutoDistConfig) -> str:
+def recompute_setting(config: AutoDistConfig, leaves: tuple[Leaf, ...]) -> str:
     """The remat that modules to recompute stand for: the model or its blocks all, of a part what the others keep."""
-    from artifex.scaling.autodist.constraints import module_matches
-
-    patterns = config.recompute_patterns
-    named = {"attention": ("blocks/attention", "qkv=keep,attention=keep"), "mlp": ("blocks/mlp", "hidden=keep")}
-    hit = {part for part, (path, _) in named.items() if any(module_matches(pattern, path) for pattern in patterns)}
-    if hit == {"attention"}:
-        return "hidden=keep"
-    if hit == {"mlp"}:
-        return "qkv=keep,attention=keep"
-    return "full"
+    kept = {"attention": "hidden=keep", "mlp": "qkv=keep,attention=keep"}
+    hit = {path.split("/")[-1] for path in modules_matching(config.recompute_patterns, leaves)}
+    return kept[hit.pop()] if len(hit) == 1 and hit <= kept.keys() else "full"
