@@ -226,6 +226,22 @@ def shard(x: jax.Array, *names: str | None, beside: Mapping[str, int] | None = N
     return now.constrain(x, PartitionSpec(*spec[: x.ndim]))
 
 
+def shard_for_pair(x: jax.Array, hidden: str) -> jax.Array:
+    """Constrain what a pair of layers divided over a dim `hidden` reads or puts out, (batch, sequence, ...): positions
+    over the mesh axes that the pair does not take, which where those are several XLA does not find by itself: it would
+    gather them, and have every device compute the positions of all.
+    """
+    now = layout()
+    if now is None:
+        return x
+    over = {rule.name: [axis for axis in rule.axes if now.sizes[axis] > 1] for rule in now.rules.activations}
+    split, taken = over.get("sequence", []), over.get(hidden, [])
+    if not set(split) & set(taken) or set(split) <= set(taken):
+        return x
+    spec = now.for_computing((hidden,)).spec(("batch", "sequence"), x.shape[:2])
+    return now.constrain(x, PartitionSpec(*spec, *[None] * (x.ndim - 2)))
+
+
 def shard_as_read(x: jax.Array, names: Names, weight: Names, shape: Sequence[int]) -> jax.Array:
     """Constrain what rows of a weight are read by, or those rows, which have one more dim: that lies as the last dim of
     the weight, the dims before it by `names` over the mesh axes that are left.

@@ -213,6 +213,7 @@ class Attention(nnx.Module):
 
     def project(self, x_BTD: jax.Array) -> list[jax.Array]:
         """Queries, keys and values (B, T, N, H)."""
+        x_BTD = axes.shard_for_pair(x_BTD, "act_heads")
         parts = layers.fused(x_BTD, self.query, self.key, self.value)
         return [checkpoint_name(by_heads(part), "qkv") for part in parts]
 
@@ -230,8 +231,9 @@ class MLP(nnx.Module):
         self.down = layers.Linear((hidden, features), ("mlp", "embed"), bias=True, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x_BTD = axes.shard_for_pair(x_BTD, "act_mlp")
         h_BTF = jax.nn.gelu(checkpoint_name(self.up(x_BTD), "hidden"), approximate=True)
-        return self.down(axes.shard(h_BTF, "batch", "sequence", "act_mlp"))
+        return axes.shard_for_pair(self.down(axes.shard(h_BTF, "batch", "sequence", "act_mlp")), "act_mlp")
 
 
 class Block(nnx.Module):
@@ -254,7 +256,8 @@ class Block(nnx.Module):
     def close(self, x_BTD: jax.Array, mixed_BTNH: jax.Array, rest: list[jax.Array]) -> jax.Array:
         """The stream after attention, which gave `mixed_BTNH`, and after the feed-forward layer."""
         gate_BD, shift_BD, scale_BD, mlp_gate_BD = rest
-        branch_BTD = checkpoint_name(stream(self.attention.out(by_heads(mixed_BTNH))), "branch")
+        branch_BTD = axes.shard_for_pair(self.attention.out(by_heads(mixed_BTNH)), "act_heads")
+        branch_BTD = checkpoint_name(stream(branch_BTD), "branch")
         x_BTD = stream(x_BTD + gate_BD[:, None] * branch_BTD)
         branch_BTD = self.mlp(modulate(normalise(x_BTD, self.mlp_norm_eps), shift_BD, scale_BD))
         return stream(x_BTD + mlp_gate_BD[:, None] * checkpoint_name(stream(branch_BTD), "branch"))

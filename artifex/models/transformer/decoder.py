@@ -57,7 +57,9 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Any, Aux]:
         """The stream after the block, its attention's cache, and what its experts report."""
         keys = (None, None) if key is None else jax.random.split(key)
-        mixed_BTD, cache = self.attention(self.attention_norm(x_BTD), positions, cache, at)
+        read_BTD = axes.shard_for_pair(self.attention_norm(x_BTD), "act_heads")
+        mixed_BTD, cache = self.attention(read_BTD, positions, cache, at)
+        mixed_BTD = axes.shard_for_pair(mixed_BTD, "act_heads")
         x_BTD = self.add(x_BTD, mixed_BTD, self.attention_post_norm, keys[0], positions)
         mixed_BTD, aux = self.feed_forward(self.mlp_norm(x_BTD), decoding=at is not None)
         return self.add(x_BTD, mixed_BTD, self.mlp_post_norm, keys[1], positions), cache, aux
@@ -65,7 +67,9 @@ class Block(nnx.Module):
     def feed_forward(self, x_BTD: jax.Array, *, decoding: bool = False) -> tuple[jax.Array, Aux]:
         """The dense layer, or the mixture of experts and its report; decoding, experts take every token, because a
         capacity would be shared with the padding of other prompts."""
-        return self.moe(x_BTD, dropless=decoding) if self.mlp is None else (self.mlp(x_BTD), {})
+        if self.mlp is None:
+            return self.moe(x_BTD, dropless=decoding)
+        return axes.shard_for_pair(self.mlp(axes.shard_for_pair(x_BTD, "act_mlp")), "act_mlp"), {}
 
     def add(
         self,
