@@ -42,8 +42,9 @@ class ConfigError(ValueError):
         super().__init__(one_line(line))
 
     def within(self, *outer: str, source: str = "") -> ConfigError:
-        """The same error, of the same type, seen from outside: with a longer key path, or with its source."""
-        return type(self)(self.says, (*outer, *self.key), source or self.source)
+        """The same error, of the same type, seen from outside: with a longer key path, or with its source. What a file
+        that another names was blamed for stays its fault."""
+        return self if self.source else type(self)(self.says, (*outer, *self.key), source)
 
 
 class ConfigTypeError(ConfigError, TypeError):

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from artifex.config_device import DeviceConfig
 from artifex.config_io import ConfigError, did_you_mean, read_mapping, shown
-
-FOLLOWED = {"remat": "none", "gradient_accumulation": 1}
-"""Fields of `training` that a plan sets, and their defaults."""
 
 
 def with_plan(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,27 +22,28 @@ def with_plan(values: Mapping[str, Any]) -> dict[str, Any]:
         given = {name: getattr(device, name) for name in getattr(device, "model_fields_set", ())}
     if not isinstance(path, str):  # none, or what the section refuses
         return dict(values)
+    from artifex.scaling.autodist.plan_file import FOLLOWED, check  # which only such a run needs
+
     read = read_mapping(path)
-    if not isinstance(read.get("device"), dict) or "schema" not in read:
-        raise ConfigError("is no plan: it has no schema and device", ("device", "plan"), str(path))
+    section = check(read, path)
     given.pop("plan", None)
     for name, value in given.items():
-        planned = read["device"].get(name)
-        if (planned is not None and planned != value) or (planned is None and value not in (None, 1, 0, False)):
-            raise ConfigError(
-                f"is {shown(value)}, but the plan {path} says {shown(planned)}; leave one of them out", ("device", name)
-            )
+        if name not in DeviceConfig.model_fields:
+            raise ConfigError(f"is unknown; {did_you_mean(name, DeviceConfig.known_keys())}", ("device", name))
+        _check_same(("device", name), value, getattr(section, name), DeviceConfig.model_fields[name].default, path)
+    followed = {**values, "device": dict(read["device"])}
     training = values.get("training", {})
-    mine = training if isinstance(training, Mapping) else training.model_dump()
+    mine = training if isinstance(training, Mapping) else getattr(training, "model_dump", dict)()
     chosen = read.get("training", {})
-    for name in chosen if isinstance(chosen, dict) else [str(chosen)]:
-        if name not in FOLLOWED:
-            raise ConfigError(f"is unknown; {did_you_mean(name, FOLLOWED)}", ("training", name), str(path))
     for name, default in FOLLOWED.items():
-        have = mine.get(name, default)
-        if have != default and have != chosen.get(name, default):
-            raise ConfigError(
-                f"is {shown(have)}, but the plan {path} says {shown(chosen.get(name, default))}; leave one of them out",
-                ("training", name),
-            )
-    return {**values, "device": dict(read["device"]), "training": {**mine, **chosen}}
+        _check_same(("training", name), mine.get(name, default), chosen.get(name, default), default, path)
+    if isinstance(training, Mapping) or mine:  # else the section refuses it
+        followed["training"] = {**mine, **chosen}
+    return followed
+
+
+def _check_same(key: tuple[str, str], mine: Any, planned: Any, default: Any, path: str) -> None:
+    """Raise `ConfigError` for a setting that is neither the plan's nor the default."""
+    if (tuple(mine) if isinstance(mine, list) else mine) not in (planned, default):
+        says = f"is {shown(mine)}, but the plan {path} says {shown(planned)}; leave one of them out"
+        raise ConfigError(says, key)

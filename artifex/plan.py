@@ -10,6 +10,7 @@ Writes the plan, its table and a picture of memory against time into a folder; a
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,10 +27,14 @@ if TYPE_CHECKING:
 PROGRAM = "python -m artifex.plan"
 SOURCE = "command line"
 FLAGS = {
-    "--verify": "compile the leading candidates for the cluster, each in a process of its own (default for GPUs)",
+    "--verify": "compile the training step of the leading candidates for the cluster, each in a process of its own "
+    "(default for GPUs)",
     "--no-verify": "compile nothing",
     "--help": "print this and stop",
 }
+CLUSTER = ("mesh_row", "mesh_col", "world_size", "device")
+"""Options that name a cluster; without them and without `--cluster` it is the devices present."""
+
 SHORT = {"--memory": "memory_constraint", "--top": "topk"}
 TIME_LIMIT = 600.0
 LEADING = 3
@@ -46,6 +51,8 @@ class Command:
     folder: Path
     verify: bool | None
     seconds: float
+    run: tuple[str, ...] = ()
+    """The run as `python -m artifex.train` takes it: the file, and the options that were given."""
 
 
 @ending_at_once(": nothing was written")
@@ -70,7 +77,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\n{found}\n")
         for path in write(found, command.folder):
             print(path)
-        print(f"train by it:   python -m artifex.train CONFIG --device.plan {command.folder / 'plan.yaml'}")
+        if command.options.is_train:
+            words = (*command.run, "--device.plan", str(command.folder / "plan.yaml"))
+            print(f"train by it:   python -m artifex.train {shlex.join(words)}")
 
 
 def parse(words: list[str]) -> Command:
@@ -91,13 +100,18 @@ def parse(words: list[str]) -> Command:
     seconds = _number(given.pop("--time-limit", [str(TIME_LIMIT)]), "--time-limit")
     out = given.pop("--out", None)
     planner = _options(given)
+    if flags["--verify"] and not planner.is_train:
+        raise ConfigError(
+            "--verify compiles steps of training, but is_train is false; leave one of them out", source=SOURCE
+        )
     values = read_mapping(file) if file else {}
     name = model_name(values, given, file)
     config = resolve(values, given, options(name), file)
     kind = (cluster[0] if cluster else "devices").replace(":", "-")
     folder = Path(" ".join(out)) if out else Path("plans") / f"{Path(file).stem or 'quickstart'}-{kind}"
     verify = True if flags["--verify"] else False if flags["--no-verify"] else None
-    return Command(config, planner, " ".join(cluster) if cluster else None, folder, verify, seconds)
+    run = (*files, *_typed(given))
+    return Command(config, planner, " ".join(cluster) if cluster else None, folder, verify, seconds, run)
 
 
 def planned(command: Command, say: Callable[[str], None] = lambda line: None) -> Planned:
@@ -105,11 +119,12 @@ def planned(command: Command, say: Callable[[str], None] = lambda line: None) ->
     nothing fits."""
     from artifex.scaling.autodist.cluster import Cluster
     from artifex.scaling.autodist.planner import plan
-    from artifex.scaling.targets import Target
     from artifex.training.planning import RunSubject, proved
 
     options, cluster = command.options, None
-    if command.cluster is not None:
+    if command.cluster is None:
+        options = present(options)
+    else:
         memory = options.memory_constraint if "memory_constraint" in options.model_fields_set else None
         try:
             cluster = Cluster.parse(command.cluster, memory)
@@ -123,16 +138,56 @@ def planned(command: Command, say: Callable[[str], None] = lambda line: None) ->
     if verify and target is None:
         raise ConfigError(f"--verify: no compiler knows {found.cluster_name}; leave it out", source=SOURCE)
     if verify is None and target is not None and target.startswith("gpu"):
-        try:
-            Target.parse(target).check_compiler()
-            verify = True
-        except ImportError as error:
-            found = dataclasses.replace(found, notes=(*found.notes, f"not compiled: {error}"))
+        why = _uncompiled(target) if options.is_train else "is_train is false, and only steps of training are"
+        verify = not why
+        if why:
+            found = dataclasses.replace(found, notes=(*found.notes, f"not compiled: {why}"))
     if verify:
         count = min(LEADING, 1 + len(found.runners)) if target is not None and target.startswith("gpu") else 1
         say(f"compiling the first {count} for {target}")
         found = proved(found, subject, count=count, seconds=command.seconds, nproc=max(options.nproc, min(count, 2)))
     return found
+
+
+def _uncompiled(target: str) -> str:
+    """Why nothing can be compiled for a target, empty where it can."""
+    from artifex.scaling.targets import Target
+
+    try:
+        Target.parse(target).check_compiler()
+    except ImportError as error:
+        return str(error)
+    return ""
+
+
+def present(options: AutoDistConfig) -> AutoDistConfig:
+    """The options for the devices that are present, of all processes, where they name no cluster of their own."""
+    import jax
+
+    from artifex.scaling.autodist.planner import cluster_of
+
+    if options.model_fields_set & {*CLUSTER}:
+        return options
+    sizes = {"mesh_row": jax.process_count(), "mesh_col": jax.local_device_count()}
+    found = AutoDistConfig(**{**_given(options), **sizes})
+    if "memory_constraint" in options.model_fields_set:
+        return found
+    reported = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    name = cluster_of(found.model_copy(update={"re_profile": False})).hardware.name
+    memory = memory_of(name, reported)
+    return found if memory is None else AutoDistConfig(**{**_given(found), "memory_constraint": memory})
+
+
+def memory_of(hardware: str, reported: int | None) -> float | None:
+    """GB of a device that is present: what it reports, else what JAX takes of such a one; None of a CPU, which has
+    no memory of its own."""
+    from artifex.scaling.autodist.cluster import HARDWARE, Cluster
+
+    if reported is not None:
+        return reported / 2**30
+    if hardware == "cpu":
+        return None
+    return Cluster.of(hardware, mesh_col=HARDWARE[hardware].host).memory / 2**30
 
 
 def write(found: Planned, folder: str | Path) -> list[Path]:
@@ -152,22 +207,38 @@ def write(found: Planned, folder: str | Path) -> list[Path]:
 def profile(words: list[str]) -> str:
     """Measure the devices present, and say what was found."""
     from artifex.cli import split
-    from artifex.scaling.autodist.profile import default_dir, measure
+    from artifex.scaling.autodist.profile import FILE, measure
 
     files, given = split(words, ("--help",))
     if "--help" in given:
-        return f"usage: {PROGRAM} profile [--profile-dir PATH] [--re-profile true] [--parallel-profile false]"
+        return (
+            f"usage: {PROGRAM} profile [--profile-dir PATH] [--re-profile true] [--parallel-profile false]\n\n"
+            "Measures the devices present into PATH/KIND/profile.json, where a plan with the same --profile-dir looks "
+            "(default: ~/.cache/artifex/autodist/1.0)"
+        )
     if files:
         raise ConfigError(f"profile takes no file, got {files[0]}", source=SOURCE)
     options = _options(given)
     if given:
         raise ConfigError(f"{next(iter(given))} is unknown to profile; {PROGRAM} profile --help", source=SOURCE)
-    folder = Path(options.profile_dir).expanduser() if options.profile_dir else default_dir()
-    return str(measure(folder=folder, parallel=options.parallel_profile, again=options.re_profile))
+    import jax
+
+    folder = options.profile_folder(jax.local_devices()[0].device_kind)
+    measured = measure(folder=folder, parallel=options.parallel_profile, again=options.re_profile)
+    return f"{measured}\n{folder / FILE}"
 
 
 def _given(options: AutoDistConfig) -> dict[str, Any]:
     return {name: getattr(options, name) for name in options.model_fields_set}
+
+
+def _typed(given: Mapping[str, list[str]]) -> list[str]:
+    """The options of the run that were given, but for those that a plan says."""
+    from artifex.scaling.autodist.plan_file import FOLLOWED
+
+    decided = {f"--training.{name}".replace("_", "-") for name in FOLLOWED}
+    kept = [flag for flag in given if flag not in decided and not flag.startswith("--device.")]
+    return [word for flag in kept for word in (flag, *given[flag])]
 
 
 def _options(given: dict[str, list[str]]) -> AutoDistConfig:
@@ -218,7 +289,8 @@ def help_page() -> str:
     from artifex.cli import kind_of, text_of
 
     lines = [f"usage: {PROGRAM} [CONFIG] --cluster CLUSTER [--memory GB] [--top N] [--OPTION VALUE ...]", ""]
-    lines += ["  --cluster CLUSTER  gpu:h100:4x8 (hosts x GPUs), tpu:v5e:16x16, cpu:8; without it the devices present"]
+    lines += ["  --cluster CLUSTER  gpu:h100:4x8 (hosts x GPUs), tpu:v5e:16x16, cpu:8; without it the devices present,"]
+    lines += ["                     or --mesh-row x --mesh-col of --device"]
     lines += ["  --out PATH  folder for plan.yaml, plan.txt and frontier.png (default: plans/CONFIG-CLUSTER)"]
     lines += [f"  --time-limit SECONDS  of one compilation (default: {TIME_LIMIT:g})"]
     lines += [f"  {flag}  {what}" for flag, what in FLAGS.items()]

@@ -10,9 +10,9 @@ from artifex.config import Config
 from artifex.scaling.autodist import AutoDistConfig, plan
 from artifex.scaling.autodist.cluster import Cluster
 from artifex.scaling.autodist.estimate import Traced
+from artifex.scaling.autodist.look import Candidate
 from artifex.scaling.autodist.planned import Planned
 from artifex.scaling.autodist.planner import predict
-from artifex.scaling.autodist.search import Candidate
 from artifex.scaling.autodist.spread import AXES, Spread
 from artifex.training.planning import RunSubject
 

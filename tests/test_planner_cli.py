@@ -1,16 +1,25 @@
 """`python -m artifex.plan`: what it writes and prints, how it proves a plan, and one line for every mistake."""
 
+import dataclasses
+import math
+import shlex
 import subprocess
 import sys
 
 import pytest
 import yaml
-from planned import TEXT, config_of, number
+from planned import TEXT, config_of, number, spread_of
 
 from artifex import plan as command
 from artifex import train
+from artifex.cli import parse_train
 from artifex.config import Config
+from artifex.scaling.autodist import AutoDistConfig
+from artifex.scaling.autodist.cluster import HARDWARE
+from artifex.scaling.autodist.errors import remedies
+from artifex.scaling.autodist.pictures import frontier
 from artifex.scaling.autodist.plan_file import read
+from artifex.scaling.autodist.planned import share_text
 from artifex.scaling.autodist.profile import FILE
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -44,7 +53,7 @@ def test_a_plan_its_table_and_its_picture_are_written_for_a_cluster_that_is_not_
     folder = tmp_path / "plans"
     words = (run, "--cluster", "gpu:h100:2x4", "--memory", "40", "--top", "2", "--no-verify", "--out", str(folder))
     said = lines_of(capsys, *words, *FAST)
-    assert said[-1] == f"train by it:   python -m artifex.train CONFIG --device.plan {folder / 'plan.yaml'}"
+    assert said[-1] == f"train by it:   python -m artifex.train {run} --device.plan {folder / 'plan.yaml'}"
     assert said[-4:-1] == [str(folder / name) for name in ("plan.yaml", "plan.txt", "frontier.png")]
     table = (folder / "plan.txt").read_text(encoding="utf-8")
     assert table.strip() in "\n".join(said)
@@ -56,11 +65,51 @@ def test_a_plan_its_table_and_its_picture_are_written_for_a_cluster_that_is_not_
     assert (folder / "frontier.png").stat().st_size > 10_000
 
 
-def test_without_a_cluster_the_devices_present_are_planned_for(run, tmp_path, capsys):
-    said = lines_of(
-        capsys, run, "--mesh-col", "8", "--out", str(tmp_path), "--profile-dir", str(tmp_path / "none"), *FAST
-    )
-    assert any("on cpu:8, 8 devices of 32 GiB each" in line for line in said)
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "on cpu:8, 8 devices of 32 GiB each"),
+        (["--memory", "2"], "on cpu:8, 8 devices of 2 GiB each"),
+        (["--mesh-col", "4"], "on cpu:4, 4 devices of 32 GiB each"),
+        (["--mesh-row", "2"], "on cpu:2, 2 devices of 32 GiB each"),
+        (["--mesh-col", "1"], "on cpu:1, 1 device of 32 GiB"),
+        (["--device", "gpu:h100", "--mesh-col", "2", "--no-verify"], "on gpu:h100:1x2, 2 devices of 32 GiB each"),
+    ],
+    ids=str,
+)
+def test_without_a_cluster_the_devices_present_are_planned_for_or_those_that_are_said(run, tmp_path, words, says):
+    asked = command.parse([run, "--profile-dir", str(tmp_path / "none"), *words, *FAST])
+    assert f"{command.planned(asked)}\n".splitlines()[0].endswith(says)
+
+
+def test_what_a_device_reports_goes_before_what_such_a_one_has():
+    assert command.memory_of("gpu:h100", 60 * 2**30) == command.memory_of("cpu", 60 * 2**30) == 60
+    assert command.memory_of("cpu", None) is None
+    for name in ("gpu:h100", "gpu:a100", "tpu:v5e", "tpu:tpu7x"):
+        memory = command.memory_of(name, None)
+        assert memory is not None and 0.5 < memory / (HARDWARE[name].memory / 2**30) <= 1
+    assert command.memory_of("tpu:v5e", None) < 16 < command.memory_of("gpu:h100", None) < 80
+
+
+def test_the_run_that_is_trained_by_the_plan_is_the_one_that_was_planned_for(run, tmp_path, capsys):
+    words = ("--training.batch-size=32", "--training.remat", "none", "--model.num-layers", "3", "--device.data", "8")
+    said = lines_of(capsys, run, *words, "--cluster", "cpu:8", "--out", str(tmp_path / "my plans"), *FAST)
+    assert said[-1].startswith("train by it:   python -m artifex.train ")
+    typed = shlex.split(said[-1].partition("artifex.train ")[2])
+    config = parse_train(typed).config
+    assert (config.training.batch_size, config.model.spec().num_layers, config.device.data) == (32, 3, 8)
+    assert config.training.remat == "full"  # the plan's, by FAST
+    alone = lines_of(capsys, "--cluster", "cpu:8", "--out", str(tmp_path / "none"), *FAST)
+    assert alone[-1] == f"train by it:   python -m artifex.train --device.plan {tmp_path / 'none' / 'plan.yaml'}"
+
+
+def test_without_training_nothing_is_compiled(run, tmp_path, capsys):
+    said = refused(capsys, run, "--cluster", "cpu:8", "--is-train", "false", "--verify", *FAST)
+    assert said == "command line: --verify compiles steps of training, but is_train is false; leave one of them out"
+    words = ("--cluster", "gpu:h100:1x8", "--is-train", "false", "--search-space", "data", "--top", "1")
+    lines = lines_of(capsys, run, *words, "--out", str(tmp_path))
+    assert "not compiled: is_train is false, and only steps of training are" in lines
+    assert not any(line.startswith(("compiling", "train by it")) for line in lines)
 
 
 def test_options_of_the_run_go_with_those_of_the_planner(run):
@@ -131,7 +180,9 @@ def test_the_devices_present_are_measured_into_a_folder(tmp_path, capsys, monkey
     monkeypatch.setattr(profile, "measure", lambda **given: whole(sizes=small, **given))
     folder = tmp_path / "measured"
     said = lines_of(capsys, "profile", "--profile-dir", str(folder), "--parallel-profile", "false")
-    assert (folder / FILE).exists() and any("cpu" in line for line in said)
+    assert (folder / "cpu" / FILE).exists() and said[-1] == str(folder / "cpu" / FILE)
+    asked = command.parse(["--profile-dir", str(folder), "--model.num-layers", "1", *FAST])
+    assert command.planned(asked).cluster.hardware.source.startswith("measured on cpu")
     assert "--topp is unknown" in refused(capsys, "profile", "--topp", "1")
     assert "profile takes no file, got x.yaml" in refused(capsys, "profile", "x.yaml")
 
@@ -165,6 +216,79 @@ def test_a_plan_whose_step_does_not_fit_when_compiled_is_no_answer(run, tmp_path
     else:
         values = yaml.safe_load((tmp_path / "plan.yaml").read_text(encoding="utf-8"))
         assert values["proof"]["bytes"] <= values["cluster"]["limit_bytes"]
+
+
+@pytest.fixture(scope="module")
+def answer(run):
+    """A plan among several, of which some do not fit."""
+    asked = command.parse([run, "--cluster", "cpu:8", "--top", "4", "--search-space", "data,fsdp"])
+    found = command.planned(asked)
+    assert len(found.runners) > 2
+    return dataclasses.replace(found, runners=found.runners[:-1], over=found.runners[-1:])
+
+
+def drawn(found):
+    """(axes, labels of what is drawn, the other texts)."""
+    figure = frontier(found)
+    (axes,) = figure.axes
+    return axes, axes.get_legend_handles_labels()[1], [text.get_text() for text in axes.texts]
+
+
+@pytest.mark.parametrize(("times", "near"), [(1.05, True), (20.0, False), (4000.0, False), (0.01, False)])
+def test_a_limit_that_is_far_is_an_arrow_at_the_edge_and_squeezes_nothing(answer, times, near):
+    limit = int(times * answer.estimate.whole)
+    axes, labels, texts = drawn(dataclasses.replace(answer, limit=limit))
+    every = [answer.best, *answer.runners, *answer.over]
+    unit = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[axes.get_xlabel().split(", ")[1]]
+    (left, right), sizes = axes.get_xlim(), [one.estimate.whole / unit for one in every]
+    assert left < min(sizes) <= max(sizes) < right
+    assert any(label.startswith("limit ") for label in labels) == near and (texts == []) == near
+    assert (left < limit / unit < right) == near
+    if not near:
+        assert max(sizes) - min(sizes) > (right - left) / 5
+        assert texts[0].endswith("\N{RIGHTWARDS ARROW}") == (times > 1)
+        assert texts[0].startswith("\N{LEFTWARDS ARROW}") == (times < 1)
+
+
+def test_figures_of_the_picture_have_units_that_suit_them(answer):
+    assert drawn(answer)[0].get_xlabel() == "memory of a device, MiB"
+    great = dataclasses.replace(answer.estimate, own=300 * 2**30)
+    axes, _, texts = drawn(dataclasses.replace(answer, best=dataclasses.replace(answer.best, estimate=great)))
+    assert axes.get_xlabel() == "memory of a device, GiB" and 300 < axes.get_xlim()[1] < 400
+    assert texts == []  # 32 GiB are near
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_frontier_goes_through_the_plan_that_beats_all_others(answer, alone):
+    found = dataclasses.replace(answer, runners=() if alone else answer.runners, over=() if alone else answer.over)
+    if not alone:  # the least memory as well as the least time
+        best = dataclasses.replace(answer.estimate, own=0.0)
+        found = dataclasses.replace(found, best=dataclasses.replace(answer.best, estimate=best))
+    axes, labels, _ = drawn(found)
+    assert "frontier" in labels
+    line = next(line for line in axes.get_lines() if line.get_label() == "frontier")
+    (star,) = (one for one in axes.collections if one.get_label().startswith("chosen"))
+    at = star.get_offsets()[0]
+    corners = [*zip(line.get_xdata(), line.get_ydata(), strict=True)]
+    assert corners == [(at[0], axes.get_ylim()[1]), (at[0], at[1]), (axes.get_xlim()[1], at[1])]
+
+
+def test_parts_under_a_hundredth_and_single_things_are_said_as_one_would(answer):
+    assert [share_text(share) for share in (0, 0.004, 0.0099, 0.01, 0.5, 1)] == [
+        "0%", "under 1%", "under 1%", "1%", "50%", "100%"]  # fmt: skip
+    lines = str(dataclasses.replace(answer, limit=2**60)).splitlines()
+    assert any(line.startswith("  in all") and "under 1% of" in line for line in lines)
+    assert "  rows        16 in 1 microbatch" in lines
+    same = dataclasses.replace(answer, runners=(answer.best,))
+    assert f"  {answer.spread}: as fast, as much memory" in str(same).splitlines()
+
+
+@pytest.mark.parametrize(("times", "part"), [(1.5, "half"), (3, "a quarter"), (7, "an eighth"), (15, "1/16")])
+def test_the_part_of_the_rows_that_would_fit_is_said_in_words(answer, times, part):
+    limit = answer.estimate.state + math.ceil(answer.estimate.own / times)
+    least = dataclasses.replace(answer.best, spread=spread_of("data 8"))
+    (said,) = (line for line in remedies(least, limit, AutoDistConfig(mesh_col=8)) if line.startswith("batches"))
+    assert said.startswith(f"batches of {part} of the rows would need about ")
 
 
 def tiny(tmp_path, **device) -> Config:

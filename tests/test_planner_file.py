@@ -1,6 +1,11 @@
 """A plan as a file: read back it predicts the same, edited or for another model anew, and a run follows it."""
 
+import dataclasses
+import fnmatch
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import planned
 import pytest
@@ -14,6 +19,8 @@ from artifex.config_io import ConfigError
 from artifex.scaling.autodist import plan
 from artifex.scaling.autodist.cluster import Cluster
 from artifex.scaling.autodist.plan_file import SCHEMA, read
+from artifex.scaling.autodist.planned import shortest
+from artifex.scaling.autodist.planner import predict
 
 HOW = {"search_space": ["data", "fsdp"], "zero_stage": 3, "zero_ngroups": 2, "recompute": "full", "update_freq": 2}
 
@@ -86,7 +93,7 @@ def test_a_plan_that_was_edited_is_predicted_anew(path):
 
 def test_what_follows_from_the_device_section_is_not_edited_alone(found, path):
     said = refused(edit(path, mesh={"fsdp": 8}))
-    assert said.startswith("mesh is {'fsdp': 8}, but device says {") and "edit device, mesh follows from it" in said
+    assert said.startswith("mesh is {'fsdp': 8}, but device says {") and "edit device, and leave mesh out" in said
 
 
 @pytest.mark.parametrize("change", ["depth", "batch"])
@@ -106,15 +113,73 @@ def test_a_plan_for_another_depth_or_batch_is_predicted_as_one_made_for_it(path,
     assert again.estimate.seconds == pytest.approx(same.estimate.seconds, rel=0.01)
 
 
+def decoder(**sections) -> Remembered:
+    """The tiny decoder with fields of sections replaced."""
+    values = config_of("decoder").to_dict()
+    return Remembered(Config.from_dict(values | {key: values[key] | fields for key, fields in sections.items()}))
+
+
+@pytest.mark.parametrize(
+    "sections", [{"model": {"num_layers": 8}}, {"data": {"sequence_length": 128}}, {"training": {"batch_size": 48}}]
+)
+def test_a_plan_for_four_layers_predicts_any_other_run_as_its_spread_by_hand(sections, tmp_path):
+    how = {"search_space": "fsdp", "zero_stage": 3, "recompute": "full", "update_freq": 2, "topk": 1}
+    four, other = decoder(model={"num_layers": 4}), decoder(**{"model": {"num_layers": 4}, **sections})
+    answer = plan(four, options(**how, ignore_small_tensor_threshold=65))
+    assert answer.spread.whole and answer.spread.accumulation == 2
+    answer.save(tmp_path / "plan.yaml")
+    again = load(tmp_path / "plan.yaml", other)
+    fresh = predict(other, CLUSTER, dataclasses.replace(spread_of("fsdp 8"), remat="full", accumulation=2,
+                                                        whole=answer.spread.whole)).estimate  # fmt: skip
+    assert again.estimate == fresh != answer.estimate
+    assert any("predicted anew" in note for note in again.notes) or "data" in sections
+
+
+def test_parameters_that_stay_whole_do_so_when_the_plan_is_read_back(tmp_path):
+    answer = planned.planned(search_space="fsdp", zero_stage=3, recompute="full", ignore_small_tensor_threshold=10**9)
+    answer.save(tmp_path / "plan.yaml")
+    again = load(tmp_path / "plan.yaml")
+    assert answer.spread.whole and again.spread == answer.spread
+    assert again.estimate == answer.estimate != predicted(dataclasses.replace(answer.spread, whole=())).estimate
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        (("embed/*", "embed/table", "norm/*"), ("embed/*", "norm/*")),
+        (("layers/attention/*", "layers/*", "layers/*/scale", "layers/mlp/up/kernel"), ("layers/*",)),
+        (("norm/*", "norm/*"), ("norm/*",)),
+        (("norm/*", "norm/**"), ("norm/**",)),
+        (("layers/?lp/*", "layers/mlp/up/kernel"), ("layers/?lp/*",)),
+        (("layers/m?p/*", "layers/[m]*"), ("layers/m?p/*", "layers/[m]*")),  # which covers which is not seen
+        (("head/*", "embed/*"), ("head/*", "embed/*")),
+    ],
+)
+def test_what_another_pattern_covers_is_not_said(patterns, expected, found, tmp_path):
+    def matched(some):
+        return {leaf.path for leaf in subject().leaves if any(fnmatch.fnmatchcase(leaf.path, one) for one in some)}
+
+    long = dataclasses.replace(spread_of("fsdp 8"), whole=patterns)
+    assert shortest(long).whole == expected
+    assert matched(patterns) == matched(expected) != set()
+    of = dataclasses.replace(found, best=dataclasses.replace(found.best, spread=long))
+    of.save(tmp_path / "plan.yaml")
+    assert read(tmp_path / "plan.yaml")[0]["device"]["whole"] == list(expected)
+    assert f"  whole       {', '.join(expected)}" in str(of).splitlines()
+    runner = dataclasses.replace(found, runners=(of.best,))
+    assert f"whole: {','.join(expected)}: " in str(runner)
+
+
 def test_a_plan_that_no_longer_fits_says_so(path):
     (note,) = load(path, memory_constraint=1e-4).notes
     assert "is predicted to need" in note and "more than the 104.9 KiB there are" in note
 
 
-def test_a_plan_of_another_version_is_flagged(path):
+@pytest.mark.parametrize("name", ["artifex", "jax", "jaxlib"])
+def test_a_plan_of_another_version_is_flagged(path, name):
     values = yaml.safe_load(path.read_text(encoding="utf-8"))["versions"]
-    (note,) = load(edit(path, versions=values | {"jaxlib": "0.4.1"})).notes
-    assert "was made with jaxlib 0.4.1, this is" in note and "compiled memory may differ" in note
+    (note,) = load(edit(path, versions=values | {name: "0.4.1"})).notes
+    assert f"was made with {name} 0.4.1, this is {values[name]}" in note and "compiled memory may differ" in note
 
 
 @pytest.mark.parametrize(
@@ -125,10 +190,14 @@ def test_a_plan_of_another_version_is_flagged(path):
         ({"device": {"fdsp": 8}}, "device.fdsp is unknown; did you mean fsdp?"),
         ({"device": {"fsdp": -1}}, "device has -1 for a size; a plan says each"),
         ({"device": [8]}, "device must be keys and values, got [8]"),
-        ({"schema": 7}, "schema is 7, but this version reads 1; is this a plan? if so, plan anew"),
-        ({"schema": None}, "schema is None, but this version reads 1; is this a plan?"),
+        ({"schema": 7}, "schema is 7, but this version reads 1; plan anew"),
+        ({"schema": None}, "is no plan: it has no schema; python -m artifex.plan writes one"),
+        ({"device": None}, "is no plan: it has no device; python -m artifex.plan writes one"),
+        ({"device": {"fsdp": 8, "fsdp_min_weight_size": 64}}, "device.fsdp_min_weight_size is 64, which no plan says"),
+        ({"device": {"mesh_shape": [4, 2]}}, "device.mesh_shape is (4, 2), which no plan says; leave it out"),
+        ({"device": {"plan": "other.yaml"}}, "device.plan is 'other.yaml', which no plan says; leave it out"),
         ({"training": {"remat": "som"}, "mesh": None}, "remat 'som' has 'som'; expected none"),
-        ({"training": {"gradient_accumulation": 0}, "mesh": None}, "has 0 microbatches; expected at least 1"),
+        ({"training": {"gradient_accumulation": 0}, "mesh": None}, "training.gradient_accumulation must be greater"),
         (
             {"training": {"gradient_accumulation": "two"}},
             "training.gradient_accumulation must be a valid integer, got 'two'",
@@ -194,12 +263,57 @@ def test_settings_that_a_plan_decides_are_not_given_beside_it(found, path):
         return one_line(caught.value)
 
     other = "tensor" if "fsdp" in found.spread.mesh else "fsdp"
-    assert f"device.{other} is 2, but the plan {path} says None; leave one of them out" in said(device={other: 2})
+    assert f"device.{other} is 2, but the plan {path} says 1; leave one of them out" in said(device={other: 2})
+    assert "device.fdsp is unknown; did you mean fsdp?" in said(device={"fdsp": 2})
     assert f"training.remat is 'dots', but the plan {path} says 'full'" in said(training={"remat": "dots"})
     assert "training.gradient_accumulation is 4, but the plan" in said(training={"gradient_accumulation": 4})
     Config.from_dict(
         {"device": {"plan": str(path), **found.device}, "training": found.training}
     )  # the same is no other
+    with pytest.raises(ConfigError, match="training must be"):
+        Config.from_dict({"device": {"plan": str(path)}, "training": ["remat"]})
+
+
+def test_a_run_whose_file_has_every_default_follows_a_plan(found, path):
+    quickstart = str(Path(__file__).parents[1] / "configs/quickstart.yaml")
+    config = parse_train([quickstart, "--device.plan", str(path)]).config
+    assert config.device == Config.from_dict({"device": found.device}).device
+    assert config.training.remat == found.spread.remat
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"schema": 7}, "schema is 7, but this version reads 1; plan anew"),
+        ({"mesh": {"fsdp": 8}}, "mesh is {'fsdp': 8}, but device says {'data': 2, 'fsdp': 4}; edit device, and leave"),
+        (
+            {"device": {"fsdp": 8}},
+            "mesh is {'data': 2, 'fsdp': 4}, but device says {'fsdp': 8}; edit device, and leave",
+        ),
+        ({"device": {"fdsp": 8}}, "device.fdsp is unknown; did you mean fsdp?"),
+        ({"device": {"fsdp": "8"}}, "device.fsdp must be a valid integer, got '8'"),
+        ({"training": {"remta": "full"}}, "training.remta is unknown; did you mean remat?"),
+        ({"training": {"remat": "som"}}, "training.remat 'som' has 'som'; expected none"),
+        ({"devise": {}}, "devise is unknown; did you mean device?"),
+    ],
+    ids=str,
+)
+def test_a_run_blames_the_plan_file_for_what_is_wrong_in_it(path, sections, says, capsys, tmp_path):
+    edit(path, **sections)
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump({"device": {"plan": str(path)}}))
+    for words in (["--device.plan", str(path)], [str(config)]):
+        with pytest.raises(SystemExit) as ended:
+            parse_train(words)
+        (said,) = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 2 and said.startswith(f"error: {path}: {says}")
+
+
+def test_a_run_by_a_plan_is_configured_without_jax(path):
+    code = f"import sys; from artifex.config import Config; Config.from_dict({{'device': {{'plan': {str(path)!r}}}}})"
+    ended = subprocess.run([sys.executable, "-c", f"{code}; print('jax' in sys.modules)"],
+                           capture_output=True, text=True, check=True)  # fmt: skip
+    assert ended.stdout.strip() == "False"
 
 
 def test_what_is_no_plan_is_refused_as_a_runs_plan(tmp_path):
@@ -208,7 +322,7 @@ def test_what_is_no_plan_is_refused_as_a_runs_plan(tmp_path):
     with pytest.raises(ConfigError) as caught:
         Config.from_dict({"device": {"plan": str(path)}})
     said = one_line(caught.value)
-    assert str(path) in said and "device.plan is no plan: it has no schema and device" in said
+    assert said == f"{path}: is no plan: it has no schema; python -m artifex.plan writes one"
     path.write_text("schema: 1\ndevice: {data: 8}\ntraining: {remta: full}\n")
     with pytest.raises(ConfigError, match=r"run\.yaml: training\.remta is unknown; did you mean remat\?"):
         Config.from_dict({"device": {"plan": str(path)}})

@@ -21,7 +21,7 @@ from planned import (
 
 from artifex.config import Config
 from artifex.scaling.autodist import AutoDistConfig, plan, profile
-from artifex.scaling.autodist.search import Look, coefficients_of
+from artifex.scaling.autodist.look import Look, coefficients_of
 
 SHOWN_BY = {
     "task_name": "search.test_the_documents_example_of_high_memory_plans_where_there_are_groups",
@@ -134,7 +134,14 @@ STAGES |= {"max_pipeline_bubble_ratio": 1.0, "max_pipeline_unbalance_ratio": 0.0
 def test_stages_begin_at_pivots_alone():
     assert planned(**STAGES, pipeline_pivots="layers.1").spread.of("pipeline") == 2
     said = refused(subject(), **STAGES, pipeline_pivots="layers.0")
-    assert "2 stages need as many blocks to begin at, there are 1: layers/0" in said
+    assert "a stage would begin at layers/1, pipeline_pivots allow layers/0" in said
+
+
+def test_pivots_that_would_cut_unevenly_are_refused():
+    """The first of two stages of three blocks has two: a run cuts as evenly as can be."""
+    assert plan(three_blocks(), options(**STAGES, pipeline_pivots="layers.2")).spread.of("pipeline") == 2
+    said = refused(three_blocks(), **STAGES, pipeline_pivots="layers.1")
+    assert "a stage would begin at layers/2, pipeline_pivots allow layers/1; stages are as even as can be" in said
 
 
 def test_stages_are_as_even_as_it_is_said():

@@ -1,6 +1,8 @@
 """The planner's choice: within every limit, no slower than spreads by hand, and told in a line where nothing fits."""
 
+import dataclasses
 import functools
+import importlib
 import itertools
 import math
 
@@ -16,6 +18,7 @@ from artifex.config_io import ConfigError
 from artifex.scaling.autodist import AutoDistConfig, plan
 from artifex.scaling.autodist.cluster import Cluster
 from artifex.scaling.axes import resolve
+from artifex.scaling.placement import size_text
 
 FREE = {"search_space": ["data", "fsdp"], "zero_stage": "auto", "update_freq": 1, "topk": 2}
 LEAST = {**FREE, "recompute": "none"}
@@ -235,6 +238,38 @@ def test_a_pipeline_has_the_stages_and_the_schedule_that_are_asked_for():
     )
 
 
+def test_gpus_are_planned_for_where_cudnn_is_not_installed(monkeypatch):
+    """JAX refuses to trace its attention without, whatever the devices."""
+    import jax
+
+    fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(fused, "cuda_versions", None)
+    x = jax.ShapeDtypeStruct((2, 64, 4, 16), jnp.bfloat16)
+    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    with pytest.raises(RuntimeError, match="cuDNN is not detected"):
+        jax.eval_shape(attend, x, x, x)
+    half = Remembered(config_of("decoder", compute_dtype="bfloat16"))
+    found = plan(half, options(search_space="data", device="gpu:h100", recompute="full", topk=1))
+    assert found.spread.of("data") == 8
+    with pytest.raises(RuntimeError, match="cuDNN is not detected"):
+        jax.eval_shape(attend, x, x, x)
+
+
+def test_nothing_fits_is_said_where_nothing_does():
+    """The least of all spreads, by trying them all, is found where there is just so much memory, and named below."""
+    how = {"search_space": ("data", "fsdp"), "zero_stage": "auto", "recompute": "full", "topk": 1}
+    meshes = [spread_of(mesh) for mesh in ("data 8", "data 4 x fsdp 2", "data 2 x fsdp 4", "fsdp 8")]
+    every_way = [
+        dataclasses.replace(one, zero=zero, remat="full", accumulation=count)
+        for one in meshes
+        for zero in ((0, 1, 2) if one.of("data") > 1 else (0,))
+        for count in (1, 2)
+    ]
+    least = min(predicted(one).estimate.whole for one in every_way)
+    assert planned(**how, memory_constraint=1.001 * least / GIB).estimate.whole == least
+    assert f"needs at least {size_text(least)}" in refused(**how, memory_constraint=0.99 * least / GIB)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3, "auto"])
 def test_each_zero_stage_divides_what_it_says(stage):
     found = every(planned(search_space=("data", "fsdp"), zero_stage=stage, recompute="none", topk=20))
@@ -254,6 +289,12 @@ def test_zero_groups_hold_copies_of_what_is_divided_in_each(stage, mesh):
     assert str(found.spread).startswith(mesh)
     share = found.estimate.held["optimizer state"] / whole.estimate.held["optimizer state"]
     assert share == pytest.approx(4, rel=0.01)
+
+
+def test_zero_of_the_planners_choice_has_the_groups_that_are_asked_for():
+    found = every(planned(search_space=("data", "fsdp"), zero_stage="auto", zero_ngroups=4, recompute="none", topk=20))
+    meshes = {(str(one.spread).split(",")[0], one.spread.zero) for one in found}
+    assert meshes == {("data 8", 0), ("replica 4 x data 2", 1), ("replica 4 x data 2", 2), ("data 4 x fsdp 2", 0)}
 
 
 def test_groups_that_do_not_divide_the_devices_are_refused_with_those_that_do():

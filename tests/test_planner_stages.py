@@ -205,8 +205,9 @@ def test_blocks_may_cost_by_the_number_of_stages():
 
 def remedied(text: str, microbatches: int, limits: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     """Microbatches and limits as `text` says that they would do."""
+    fields = {"max_pipeline_bubble_ratio": "max_bubble", "max_pipeline_unbalance_ratio": "max_unbalance"}
     for name, value in re.findall(r"(\w+)=([\d.]+) would do", text):
-        limits = limits | {name: float(value)}
+        limits = limits | {fields.get(name, name): float(value)}
     for count in re.findall(r"(\d+) microbatches would do", text):
         microbatches = int(count)
     return microbatches, limits
@@ -232,8 +233,8 @@ def test_of_microbatches_as_many_are_asked_for_as_the_closed_form_needs(stages, 
     text = why_none([ALIKE] * stages, stages, 1, max_bubble=bubble)
     needed = round((stages - 1) * (1 - bubble) / bubble)
     assert text == (
-        f"devices would be idle for {(stages - 1) / stages:.3f} of the time, more than max_bubble={bubble:g}; "
-        f"{needed} microbatches would do"
+        f"devices would be idle for {(stages - 1) / stages:.3f} of the time, more than "
+        f"max_pipeline_bubble_ratio={bubble:g}; {needed} microbatches would do"
     )
 
 
@@ -242,13 +243,13 @@ def test_of_microbatches_as_many_are_asked_for_as_the_closed_form_needs(stages, 
     [
         ([ALIKE] * 4, {"pivots": (2,)}, "4 stages need as many blocks to begin at, there are 2: block, block"),
         ([ALIKE] * 3 + [Block("head", 1.0, 8.0)], {"max_bubble": 1.0},
-         "the shortest stage would take 0.333 of the longest's time, less than max_unbalance=0.5; max_unbalance=0.333 "
-         "would do"),
+         "the shortest stage would take 0.333 of the longest's time, less than max_pipeline_unbalance_ratio=0.5; "
+         "max_pipeline_unbalance_ratio=0.333 would do"),
         ([ALIKE] * 4, {"limit": 20}, "stage 0 of 4 would hold 22 bytes, more than limit=20; limit=22 would do"),
         ([ALIKE] * 3 + [Block("head", 1.0, 8.0)], {"max_unbalance": 0.0},
-         "max_bubble=0.53 would do, more microbatches not"),
+         "max_pipeline_bubble_ratio=0.53 would do, more microbatches not"),
         ([ALIKE] * 4, {"limit": 21, "max_bubble": 0.1},
-         "more than max_bubble=0.1; 27 microbatches would do; and stage 0 of 4 would hold 22 bytes"),
+         "more than max_pipeline_bubble_ratio=0.1; 27 microbatches would do; and stage 0 of 4 would hold 22 bytes"),
     ],
     ids=["pivots", "balance", "memory", "a long stage", "two together"],
 )  # fmt: skip

@@ -87,10 +87,12 @@ def _gradients(blue: Blueprint) -> Callable:
         (loss, (metrics, buffers)), grads = value_and_grad(params, buffers, batch, key)
         return loss, metrics, buffers, grads
 
+    once = jax.jit(value_and_grad, inline=True)  # traced once, for its shapes and in the loop
+
     def accumulated(params: Any, buffers: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics, Any, Any]:
         def add(carry: tuple[Any, Any], part: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Any], None]:
             (sums, buffers), (batch, index) = carry, part
-            (loss, (metrics, buffers)), grads = value_and_grad(params, buffers, batch, jax.random.fold_in(key, index))
+            (loss, (metrics, buffers)), grads = once(params, buffers, batch, jax.random.fold_in(key, index))
             weight = metrics.pop("weight")
             weighed = jax.tree.map(lambda value: weight.astype(value.dtype) * value, (loss, metrics, grads))
             *sums, grads = jax.tree.map(jnp.add, sums, (weight, *weighed))
@@ -99,7 +101,7 @@ def _gradients(blue: Blueprint) -> Callable:
         # row r goes to part r % parts: a device keeps its own rows
         split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
         first = jax.tree.map(lambda x: x[0], split)
-        (_, (shapes, _)), like = jax.eval_shape(value_and_grad, params, buffers, first, key)
+        (_, (shapes, _)), like = jax.eval_shape(once, params, buffers, first, key)
         shapes = {name: shape for name, shape in shapes.items() if name != "weight"}
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes, like))
         start = (jnp.float32(0), jnp.float32(0), *zeros)

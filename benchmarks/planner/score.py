@@ -1,9 +1,9 @@
 """How well the planner predicts what XLA makes of the grid: memory, state, bytes sent, and the order of plans.
 
-    python benchmarks/planner/score.py [--workers 2] [--only FAMILY]
+    python benchmarks/planner/score.py [--workers 2] [--only FAMILY] [--target gpu:h100:1x8]
 
-The answers of XLA are in `grid.jsonl`, by `oracle.py`. Factors of the calibration are fitted on some families and
-scored on the others, which is what the table says.
+The answers of XLA are in `grid.jsonl`, for GPUs in `grid-gpu.jsonl`, by `oracle.py`. Factors of the calibration are
+fitted on some families and scored on the others, which is what the table says.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import functools
 import json
 import sys
 from pathlib import Path
@@ -20,15 +21,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 import grid
 
 FITTED = ("llama", "dit", "unet", "vae")
-FILE = Path(__file__).with_name("grid.jsonl")
+TARGET = f"cpu:{grid.DEVICES}"
 
 
-def predicted(row: dict[str, Any]) -> dict[str, Any]:
+def predicted(target: str, row: dict[str, Any]) -> dict[str, Any]:
     """The planner's figures of one case, without a calibration."""
     from artifex.config import Config
     from artifex.scaling.autodist.calibration import Calibration
     from artifex.scaling.autodist.cluster import Cluster
     from artifex.scaling.autodist.estimate import estimate
+    from artifex.scaling.autodist.look import platform_of
     from artifex.scaling.autodist.spread import Spread
     from artifex.training.planning import RunSubject
 
@@ -41,7 +43,8 @@ def predicted(row: dict[str, Any]) -> dict[str, Any]:
         accumulation=how.gradient_accumulation,
         rows=how.batch_size,
     )
-    found = estimate(RunSubject(config).traced(spread, "cpu"), Cluster.parse("cpu:8"), Calibration())
+    cluster = Cluster.parse(target)
+    found = estimate(RunSubject(config).traced(spread, platform_of(cluster)), cluster, Calibration())
     sent: dict[str, float] = collections.defaultdict(float)
     for one in found.sends:
         for axis in one.axes:
@@ -62,11 +65,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only")
+    parser.add_argument("--target", default=TARGET)
+    parser.add_argument("--file", type=Path)
     asked = parser.parse_args()
-    rows = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
+    name = "grid.jsonl" if asked.target == TARGET else f"grid-{asked.target.split(':')[0]}.jsonl"
+    file = asked.file or Path(__file__).with_name(name)
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if "refused" not in row and asked.only in (None, row["family"])]
     with concurrent.futures.ProcessPoolExecutor(asked.workers) as pool:
-        found = list(pool.map(predicted, rows, chunksize=8))
+        found = list(pool.map(functools.partial(predicted, asked.target), rows, chunksize=8))
     report(rows, found)
 
 

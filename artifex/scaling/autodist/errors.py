@@ -8,7 +8,9 @@ from collections.abc import Iterator
 
 from artifex.scaling.autodist.cluster import Cluster
 from artifex.scaling.autodist.config import AutoDistConfig
-from artifex.scaling.autodist.search import Candidate, Found
+from artifex.scaling.autodist.look import Candidate
+from artifex.scaling.autodist.planned import counted, shortest
+from artifex.scaling.autodist.search import Found
 from artifex.scaling.autodist.subject import Subject
 from artifex.scaling.placement import size_text
 
@@ -19,15 +21,16 @@ def nothing_fits(subject: Subject, cluster: Cluster, config: AutoDistConfig, fou
     over = [one for one in found.over if limit is not None and one.estimate.whole > limit]
     if not over or limit is None:
         why = f" ({found.refused[0]})" if found.refused else ""
-        return f"no spread of {subject.name!r} over {config.devices} devices keeps to the options{why}; widen them"
+        over_all = counted(config.devices, "device")
+        return f"no spread of {subject.name!r} over {over_all} keeps to the options{why}; widen them"
     least = min(over, key=lambda one: one.estimate.whole)
     parts = {**least.estimate.held, "the step besides": least.estimate.own}
     largest = sorted(parts.items(), key=lambda pair: -pair[1])[:4]
     broken = ", ".join(f"{name} {size_text(size)}" for name, size in largest if size > 0)
-    missing = least.estimate.whole - limit
+    missing, devices = least.estimate.whole - limit, counted(config.devices, "device")
     return (
-        f"nothing fits {size_text(limit)} a device: {subject.name!r} on {config.devices} devices needs at least "
-        f"{size_text(least.estimate.whole)} ({broken}), {size_text(missing)} more, as {least.spread}; "
+        f"nothing fits {size_text(limit)} a device: {subject.name!r} on {devices} needs at least "
+        f"{size_text(least.estimate.whole)} ({broken}), {size_text(missing)} more, as {shortest(least.spread)}; "
         + "; ".join(remedies(least, limit, config))
     )
 
@@ -44,11 +47,11 @@ def remedies(least: Candidate, limit: int, config: AutoDistConfig) -> Iterator[s
     if own > 0:
         times = found.own / own
         need = size_text(found.state + found.own / _up(times))
-        yield f"batches of a {_fraction(times)} of the rows would need about {need}"
+        yield f"batches of {_fraction(times)} of the rows would need about {need}"
     if config.recompute not in ("auto", "full") and not config.recompute_modules:
         yield "recompute='full' keeps less"
     more = devices * _up(found.whole / limit)
-    yield f"{more} devices would need about {size_text(found.whole / _up(found.whole / limit))} each"
+    yield f"{more:,} devices would need about {size_text(found.whole / _up(found.whole / limit))} each"
     yield f"memory_constraint={_enough(found.whole / 2**30):g} would do"
 
 
@@ -67,4 +70,4 @@ def _up(ratio: float) -> int:
 
 
 def _fraction(ratio: float) -> str:
-    return {2: "half", 4: "quarter", 8: "eighth"}.get(_up(ratio), f"1/{_up(ratio)}")
+    return {2: "half", 4: "a quarter", 8: "an eighth"}.get(_up(ratio), f"1/{_up(ratio)}")

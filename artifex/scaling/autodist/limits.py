@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from artifex.scaling.autodist.spread import Spread
 from artifex.scaling.axes import Rules, resolve
 from artifex.scaling.names import ACTIVATION_AXES
 from artifex.scaling.placement import size_text
+from artifex.scaling.strategies.pipeline import PipelineParallelStrategy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +77,20 @@ class Limiting:
         return (*unused, *pivots, *again)
 
     def cut(self, spread: Spread) -> str:
-        """Why no cut of the blocks into a spread's stages keeps to the limits, "" where one does."""
+        """Why the cut of the blocks into a spread's stages, as even as can be, does not keep to the limits, "" where it
+        does."""
         schedule = spread.plan().pipeline
         if schedule is None:
             return ""
+        begins = _begins(len(self.blocks), schedule.stages)
+        if wrong := [begin for begin in begins if begin and self.pivots and begin not in self.pivots]:
+            at = ", ".join(self.blocks[begin].name for begin in self.pivots)
+            return (
+                f"a stage would begin at {self.blocks[wrong[0]].name}, pipeline_pivots allow {at}; stages are as even "
+                f"as can be, so {schedule.stages} begin at {', '.join(self.blocks[begin].name for begin in begins)}"
+            )
         how: dict[str, Any] = {
-            "pivots": self.pivots,
+            "pivots": begins[1:],
             "max_bubble": self.max_bubble,
             "max_unbalance": self.max_unbalance,
         }
@@ -138,6 +148,12 @@ def modules_matching(patterns: Iterable[str], leaves: Iterable[Leaf]) -> tuple[s
     patterns = tuple(patterns)
     found = tuple(path for path in paths if any(module_matches(each, path) for each in patterns if each != "ROOT"))
     return ("ROOT", *found) if "ROOT" in patterns else found
+
+
+@functools.lru_cache(4096)
+def _begins(blocks: int, stages: int) -> tuple[int, ...]:
+    sizes = PipelineParallelStrategy(num_stages=stages).assign_layers_to_stages(blocks)
+    return tuple(itertools.accumulate(sizes[:-1], initial=0))
 
 
 @functools.lru_cache(4096)

@@ -2,38 +2,95 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from artifex.scaling.autodist.planned import Planned, seconds_text
+from artifex.scaling.autodist.planned import Planned, seconds_text, shortest
+from artifex.scaling.placement import size_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BYTES = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+Point = tuple[float, float]
 
 
 def draw_frontier(found: Planned, path: str | Path) -> None:
-    """Write a picture: a point for each candidate, the frontier of those that no other beats in both, the chosen one,
-    and the memory there is."""
+    """Write the picture of `frontier`."""
+    frontier(found).savefig(path, dpi=130)
+
+
+def frontier(found: Planned) -> Figure:
+    """A point for each candidate, the line of those that no other beats in both memory and time, the chosen one, and
+    the memory there is: as a line where it is near, else as an arrow at the edge."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     every = [found.best, *found.runners, *found.over]
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    (size, unit), (second, seconds_unit) = (
+        _unit(BYTES, max(one.estimate.whole for one in every)),
+        _unit(SECONDS, max(one.estimate.seconds for one in every)),
+    )
+    points = [(one.estimate.whole / size, one.estimate.seconds / second) for one in every]
+    limit = None if found.limit is None else found.limit / size
+    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    scale, unit = (2**30, "GiB") if max(one.estimate.whole for one in every) > 2**30 else (2**20, "MiB")
-    at = [(one.estimate.whole / scale, one.estimate.seconds) for one in every]
-    best = sorted(at)
-    frontier = [point for index, point in enumerate(best) if point[1] < min((p[1] for p in best[:index]), default=1e30)]
-    axes.plot(*zip(*frontier, strict=True), drawstyle="steps-post", color="0.6", zorder=1, label="frontier")
-    axes.scatter(*zip(*at[1:], strict=True) if at[1:] else ([], []), s=26, color="C0", zorder=2, label="traced")
-    axes.scatter(*at[0], s=80, color="C3", marker="*", zorder=3, label=f"chosen: {_short(str(found.spread))}")
-    if found.limit is not None:
-        axes.axvline(found.limit / scale, color="C3", linestyle=":", label=f"limit {found.limit / scale:.3g} {unit}")
+    (left, right), (low, high) = (_range([point[index] for point in points]) for index in (0, 1))
+    near = limit is not None and left - (right - left) <= limit <= right + (right - left)
+    if limit is not None and near:
+        (left, right) = _range([left, right, limit], 0.04)
+        axes.axvline(limit, color="C3", linestyle=":", label=f"limit {size_text(found.limit or 0)}")
+    elif limit is not None:
+        _point_at(axes, f"limit {size_text(found.limit or 0)}", right=limit > right)
+    line = _unbeaten(points)
+    steps = [(line[0][0], high), *line, (right, line[-1][1])]
+    axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", color="0.6", zorder=1, label="frontier")
+    fitted = 1 + len(found.runners)
+    for some, label, face in ((points[1:fitted], "runners-up", "C0"), (points[fitted:], "did not fit", "none")):
+        if some:
+            axes.scatter(*zip(*some, strict=True), s=26, facecolor=face, edgecolor="C0", zorder=2, label=label)
+    spread = re.sub(r",\b", ", ", str(shortest(found.spread)))  # lines may break there
+    chosen = textwrap.fill(f"chosen: {spread}", 56, max_lines=3, placeholder=" ...")
+    axes.scatter(*points[0], s=90, color="C3", marker="*", zorder=3, label=chosen)
+    axes.set(xlim=(left, right), ylim=(low, high))
     axes.set_xlabel(f"memory of a device, {unit}")
-    axes.set_ylabel("predicted time of a step, s")
-    axes.set_ylim(0, 1.1 * max(seconds for _, seconds in at))
-    title = f"{found.about['model']} on {found.cluster_name}: {seconds_text(found.estimate.seconds)} a step"
-    axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=8, loc="best")
-    figure.savefig(path, dpi=130)
+    axes.set_ylabel(f"predicted time of a step, {seconds_unit}")
+    axes.ticklabel_format(useOffset=False, style="plain")
+    takes = f"{seconds_text(found.estimate.seconds)} a step, {size_text(found.estimate.whole)} a device"
+    axes.set_title(f"{found.about['model']} on {found.cluster_name}: {takes}", fontsize=10, loc="left")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
+    return figure
 
 
-def _short(text: str, most: int = 48) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+def _unbeaten(points: list[Point]) -> list[Point]:
+    """Those that no other beats in both, by memory."""
+    kept: list[Point] = []
+    for point in sorted(points):
+        if not kept or point[1] < kept[-1][1]:
+            kept.append(point)
+    return kept
+
+
+def _unit(units: dict[str, Any], largest: float) -> tuple[float, str]:
+    """The largest unit of which there is one, else the smallest."""
+    name = next((name for name, size in units.items() if largest >= size), [*units][-1])
+    return units[name], name
+
+
+def _range(values: list[float], part: float = 0.12) -> tuple[float, float]:
+    """From the least to the greatest and a little more, and no less than a tenth of it: equal ones are no extremes."""
+    least, most = min(values), max(values)
+    more = max(part * (most - least), 0.05 * most)
+    return max(0.0, least - more), most + more
+
+
+def _point_at(axes: Any, text: str, *, right: bool) -> None:
+    """Say above the axes' edge that something lies beyond it."""
+    at, word = (1.0, f"{text} \N{RIGHTWARDS ARROW}") if right else (0.0, f"\N{LEFTWARDS ARROW} {text}")
+    align = "right" if right else "left"
+    how: dict[str, Any] = {"xycoords": "axes fraction", "xytext": (0, -26), "textcoords": "offset points"}
+    axes.annotate(word, (at, 0.0), **how, ha=align, va="top", color="C3", fontsize=9)

@@ -1,52 +1,50 @@
 """A plan as a file: YAML by module paths and logical names, to be read, edited and loaded for another depth or batch.
 
 What a run follows stands under `device` and `training`, as in its configuration. The rest is what they were chosen for
-and what was predicted: it is compared, and made anew when the file is loaded.
+and what was predicted: it is compared, and made anew when the file is loaded. Importing this imports no JAX.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 import artifex
-from artifex.config_device import DeviceConfig
+from artifex.config_device import SIZES, DeviceConfig
 from artifex.config_io import ConfigError, did_you_mean, read_mapping, shown, write_mapping
 from artifex.config_section import Int, checked
-from artifex.scaling.autodist.spread import Spread
 from artifex.scaling.names import ACTIVATION_AXES
+from artifex.scaling.remat import canonical
 
 if TYPE_CHECKING:
     from artifex.scaling.autodist.cluster import Cluster
     from artifex.scaling.autodist.config import AutoDistConfig
     from artifex.scaling.autodist.planned import Planned
+    from artifex.scaling.autodist.spread import Spread
     from artifex.scaling.autodist.subject import Subject
 
 SCHEMA = 1
 KEYS = (
-    *(
-        "schema",
-        "task",
-        "about",
-        "cluster",
-        "device",
-        "training",
-        "mesh",
-        "rules",
-        "stages",
-        "predicted",
-        "checked",
-        "proof",
-    ),
-    *("runners_up", "constraints", "notes", "versions"),
+    *("schema", "task", "about", "cluster", "device", "training", "mesh", "rules", "stages", "predicted", "checked"),
+    *("proof", "runners_up", "constraints", "notes", "versions"),
 )
-FOLLOWED = ("remat", "gradient_accumulation")
+FOLLOWED = {"remat": "none", "gradient_accumulation": 1}
+"""Fields of `training` that a plan says, and their defaults."""
+
+UNSAID = ("plan", "auto_partition", "mesh_shape", "fsdp_min_weight_size")
+"""Fields of `device` that it does not."""
 
 
 def write(found: Planned, path: str | Path) -> None:
     """Write a plan to a `.yaml` file."""
+    from artifex.scaling.autodist.planned import shortest
+
     plan, estimate = found.plan, found.estimate
     tables = {"weights": plan.rules.params, "gradients": plan.rules.gradients, "optimizer": plan.rules.optimizer}
     tables |= {"activations": plan.rules.activations}
@@ -82,7 +80,7 @@ def write(found: Planned, path: str | Path) -> None:
         "checked": found.checked,
         "proof": _proof(found),
         "runners_up": [
-            {"spread": str(one.spread), "bytes": round(one.estimate.whole), "lost": found.lost(one)}
+            {"spread": str(shortest(one.spread)), "bytes": round(one.estimate.whole), "lost": found.lost(one)}
             for one in found.runners
         ],
         "constraints": list(found.constraints),
@@ -92,50 +90,50 @@ def write(found: Planned, path: str | Path) -> None:
     write_mapping(path, {key: value for key, value in values.items() if value not in (None, [], {})})
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], Spread]:
-    """The file's values, and the spread that it says. Raises `ConfigError` naming the file, the key and the nearest."""
-    source, values = str(path), read_mapping(path)
+def check(values: Mapping[str, Any], path: str | Path) -> DeviceConfig:
+    """The `device` section of a file's values. Raises `ConfigError` naming the file, the key and the nearest."""
     try:
+        if missing := [key for key in ("schema", "device") if key not in values]:
+            raise ConfigError(f"is no plan: it has no {missing[0]}; python -m artifex.plan writes one")
+        if (schema := values["schema"]) != SCHEMA:
+            raise ConfigError(f"is {shown(schema)}, but this version reads {SCHEMA}; plan anew", ("schema",))
         for key in values:
             if key not in KEYS:
                 raise ConfigError(f"is unknown; {did_you_mean(str(key), KEYS)}", (str(key),))
-        if (schema := values.get("schema")) != SCHEMA:
-            says = f"is {shown(schema)}, but this version reads {SCHEMA}"
-            raise ConfigError(f"{says}; is this a plan? if so, plan anew", ("schema",))
-        device, training = _section(values, "device"), _section(values, "training")
-        for key in training:
-            if key not in FOLLOWED:
-                raise ConfigError(f"is unknown; {did_you_mean(str(key), FOLLOWED)}", ("training", str(key)))
-        checked(training.get("remat", "none"), str, ("training", "remat"))
-        checked(training.get("gradient_accumulation", 1), Int, ("training", "gradient_accumulation"))
+        _check_training(_section(values, "training"))
         checked(_section(values, "about").get("rows", 0), Int, ("about", "rows"))
         checked(values.get("notes", []), list[str], ("notes",))
         _section(values, "versions")
         try:
-            section = DeviceConfig(**device)
+            section = DeviceConfig(**_section(values, "device"))
         except ConfigError as error:
             raise error.within("device") from None
-        devices = _count(values, section)
-        try:
-            spread = Spread.of_sections(
-                section,
-                devices,
-                remat=training.get("remat", "none"),
-                accumulation=training.get("gradient_accumulation", 1),
-                rows=_section(values, "about").get("rows", 0),
-            )
-        except ValueError as error:
-            raise ConfigError(str(error), ("device",)) from None
-        _check_derived(values, spread)
+        _check_device(section)
+        _check_derived(values, section)
     except ConfigError as error:
-        raise error.within(source=source) from None
-    return values, spread
+        raise error.within(source=str(path)) from None
+    return section
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], Spread]:
+    """The file's values, and the spread that it says. Raises `ConfigError` as `check` does."""
+    from artifex.scaling.autodist.spread import Spread
+
+    values = read_mapping(path)
+    section, training = check(values, path), FOLLOWED | _section(values, "training")
+    devices = math.prod(getattr(section, name) for name in SIZES)
+    how = {"remat": training["remat"], "accumulation": training["gradient_accumulation"]}
+    try:
+        spread = Spread.of_sections(section, devices, **how, rows=_section(values, "about").get("rows", 0))
+    except ValueError as error:
+        raise ConfigError(str(error), ("device",), str(path)) from None
+    return values, dataclasses.replace(spread, whole=section.whole or ())
 
 
 def load(path: str | Path, subject: Subject, cluster: Cluster, config: AutoDistConfig) -> Planned:
     """The plan of a file for `subject`, predicted anew, perhaps of another depth, batch or length than it was made
     for; what differs is a note. Raises `ConfigError` for no plan, and `ValueError` where it does not fit."""
-    from artifex.scaling.autodist.planned import Planned
+    from artifex.scaling.autodist.planned import Planned, counted
     from artifex.scaling.autodist.planner import name_of, predict
     from artifex.scaling.placement import size_text
 
@@ -149,7 +147,8 @@ def load(path: str | Path, subject: Subject, cluster: Cluster, config: AutoDistC
             notes.append(f"{path} was made with {name} {then}, this is {now}: compiled memory may differ")
     if spread.devices != cluster.device_count:
         raise ConfigError(
-            f"is for {spread.devices} devices, the cluster has {cluster.device_count}; plan anew, or edit device",
+            f"is for {counted(spread.devices, 'device')}, the cluster has {cluster.device_count}; plan anew, or edit "
+            "device",
             ("device",),
             str(path),
         )
@@ -193,25 +192,34 @@ def _section(values: Mapping[str, Any], key: str) -> dict[str, Any]:
     return found
 
 
-def _count(values: Mapping[str, Any], section: DeviceConfig) -> int:
-    from artifex.config_device import SIZES
+def _check_training(training: Mapping[str, Any]) -> None:
+    for key in training:
+        if key not in FOLLOWED:
+            raise ConfigError(f"is unknown; {did_you_mean(str(key), FOLLOWED)}", ("training", str(key)))
+    parts = training.get("gradient_accumulation", 1)
+    checked(parts, Annotated[Int, Field(ge=1)], ("training", "gradient_accumulation"))
+    remat = checked(training.get("remat", "none"), str, ("training", "remat"))
+    try:
+        canonical(remat)
+    except ValueError as error:
+        raise ConfigError(str(error).removeprefix("remat "), ("training", "remat")) from None
 
-    sizes = [getattr(section, name) for name in SIZES]
-    if -1 in sizes:
+
+def _check_device(section: DeviceConfig) -> None:
+    """A plan says sizes and what goes with them."""
+    for name in UNSAID:
+        if (value := getattr(section, name)) != type(section).model_fields[name].default:
+            raise ConfigError(f"is {shown(value)}, which no plan says; leave it out", ("device", name))
+    if -1 in (getattr(section, name) for name in SIZES):
         raise ConfigError("has -1 for a size; a plan says each", ("device",))
-    count = 1
-    for size in sizes:
-        count *= size
-    return count
 
 
-def _check_derived(values: Mapping[str, Any], spread: Spread) -> None:
+def _check_derived(values: Mapping[str, Any], section: DeviceConfig) -> None:
     """`mesh` follows from `device`: edited alone it would change nothing."""
-    mesh = values.get("mesh")
-    if mesh is not None and mesh != dict(spread.sizes):
+    sizes = {axis: size for axis in SIZES if (size := getattr(section, axis)) > 1}
+    if (mesh := values.get("mesh")) is not None and mesh != sizes:
         raise ConfigError(
-            f"is {shown(mesh)}, but device says {shown(dict(spread.sizes))}; edit device, mesh follows from it",
-            ("mesh",),
+            f"is {shown(mesh)}, but device says {shown(sizes)}; edit device, and leave mesh out: it follows", ("mesh",)
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from artifex.scaling.autodist.cluster import Cluster
 from artifex.scaling.autodist.estimate import Estimate
-from artifex.scaling.autodist.search import Candidate
+from artifex.scaling.autodist.look import Candidate
 from artifex.scaling.autodist.spread import Spread
 from artifex.scaling.placement import size_text
 from artifex.scaling.plan import Plan
@@ -64,7 +65,7 @@ class Planned:
     @property
     def device(self) -> dict[str, Any]:
         """The `device` section of a run that follows it."""
-        return self.spread.device
+        return shortest(self.spread).device
 
     @property
     def training(self) -> dict[str, Any]:
@@ -105,20 +106,22 @@ class Planned:
 
     def head(self) -> list[str]:
         """What is chosen."""
-        spread, have = self.spread, "" if self.limit is None else f" of {size_text(self.limit)} each"
-        lines = [f"plan {self.task!r} for {self.about['model']} on {self.cluster_name}, {spread.devices} devices{have}"]
+        spread, count = shortest(self.spread), counted(self.spread.devices, "device")
+        have = "" if self.limit is None else f" of {size_text(self.limit)}" + " each" * (spread.devices > 1)
+        lines = [f"plan {self.task!r} for {self.about['model']} on {self.cluster_name}, {count}{have}"]
         lines.append(f"  mesh        {' x '.join(f'{axis} {size}' for axis, size in spread.sizes) or 'one device'}")
         lines.append(f"  remat       {spread.remat}")
         if spread.of("data") > 1:
             lines.append(f"  zero        {spread.zero}")
-        lines.append(f"  rows        {self.about['rows']} in {spread.accumulation} microbatches" + self._stages())
+        parts = counted(spread.accumulation, "microbatch", "es")
+        lines.append(f"  rows        {self.about['rows']:,} in {parts}" + self._stages())
         if spread.whole:
             lines.append(f"  whole       {', '.join(spread.whole)}")
         return lines
 
     def _stages(self) -> str:
         schedule = self.plan.pipeline
-        return "" if schedule is None else f", a {schedule}, idle {schedule.bubble():.0%}"
+        return "" if schedule is None else f", a {schedule}, idle {share_text(schedule.bubble())} of the time"
 
     def memory(self) -> list[str]:
         """Bytes of a device, a line each."""
@@ -129,7 +132,9 @@ class Planned:
         return lines
 
     def _share(self) -> str:
-        return "" if self.limit is None else f"  {self.estimate.whole / self.limit:.0%} of {size_text(self.limit)}"
+        if self.limit is None:
+            return ""
+        return f"  {share_text(self.estimate.whole / self.limit)} of {size_text(self.limit)}"
 
     def time(self) -> list[str]:
         """Seconds of a step, a line each."""
@@ -151,25 +156,51 @@ class Planned:
         """The runners-up, and why they lost."""
         lines = ["runners-up:"] if self.runners else []
         for one in self.runners:
-            lines.append(f"  {one.spread}: {self.lost(one)}")
+            lines.append(f"  {shortest(one.spread)}: {self.lost(one)}")
         if self.over:
             lines.append("did not fit:")
         for one in self.over[:3]:
-            lines.append(f"  {one.spread}: {size_text(one.estimate.whole)}, {seconds_text(one.estimate.seconds)}")
+            needs, takes = size_text(one.estimate.whole), seconds_text(one.estimate.seconds)
+            lines.append(f"  {shortest(one.spread)}: {needs}, {takes}")
         return lines
 
     def lost(self, one: Candidate) -> str:
         """Why a runner-up lost."""
         slower = one.estimate.seconds / self.estimate.seconds - 1
-        more = one.estimate.whole - self.estimate.whole
-        memory = f"{size_text(abs(more))} {'more' if more > 0 else 'less'}"
-        return f"{slower:+.1%} time, {memory}"
+        more = round(one.estimate.whole - self.estimate.whole)
+        time = f"{slower:+.1%} time" if round(slower, 3) else "as fast"
+        return f"{time}, {size_text(abs(more))} {'more' if more > 0 else 'less'}" if more else f"{time}, as much memory"
 
     def tail(self) -> list[str]:
         """How it was checked, and what the user should know."""
         lines = ["", "checked:", *(f"  {level}: {what}" for level, what in self.checked.items())]
         lines += [f"searched: {self.searched}"] if self.searched else []
         return [*lines, *self.notes]
+
+
+def shortest(spread: Spread) -> Spread:
+    """The spread without the patterns of `whole` that another covers: it says the same."""
+    kept = list(dict.fromkeys(spread.whole))
+    for pattern in [*kept]:
+        if any(other != pattern and _covers(other, pattern) for other in kept):
+            kept.remove(pattern)
+    return dataclasses.replace(spread, whole=tuple(kept))
+
+
+def _covers(pattern: str, other: str) -> bool:
+    """Whether a pattern is seen to match all that another does: one whose only sign is * matches the other's signs as
+    it matches what they stand for."""
+    return fnmatch.fnmatchcase(other, pattern) and not (set(other) & set("*?[") and set(pattern) & set("?["))
+
+
+def counted(number: int, what: str, ending: str = "s") -> str:
+    """A number of things as text: `1 device`, `1,024 devices`."""
+    return f"{number:,} {what}{ending * (number != 1)}"
+
+
+def share_text(share: float) -> str:
+    """A part of all as text: `80%`, `under 1%`."""
+    return "under 1%" if 0 < share < 0.01 else f"{share:.0%}"
 
 
 def seconds_text(seconds: float) -> str:

@@ -15,9 +15,10 @@ from artifex.scaling.autodist.cluster import Cluster
 from artifex.scaling.autodist.config import AutoDistConfig
 from artifex.scaling.autodist.errors import nothing_fits
 from artifex.scaling.autodist.limits import Limiting
+from artifex.scaling.autodist.look import Candidate, Look, platform_of
 from artifex.scaling.autodist.modules import ModuleSubject
 from artifex.scaling.autodist.planned import Planned
-from artifex.scaling.autodist.search import Candidate, Look, platform_of, search
+from artifex.scaling.autodist.search import search
 from artifex.scaling.autodist.subject import Infers, Subject
 
 

@@ -43,13 +43,15 @@ class Leaf:
 @dataclasses.dataclass(frozen=True)
 class Basis:
     """What was traced: of each remat bytes a device keeps and FLOPs it computes, of all devices that divide all; of
-    an axis the bytes sent for each row and part, `per_row`, that a device has, and how often in a part, `calls`."""
+    an axis the bytes sent for each row and part, `per_row`, that a device has, and how often in a part, `calls`; of
+    the bytes those that fewer rows leave, `fixed`, such as a layer's weights once they are gathered."""
 
     own: Mapping[str, float]
     flops: Mapping[str, float]
     per_row: Mapping[str, float]
     devices: int
     calls: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    fixed: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,13 +102,16 @@ class Sketch:
         parts = spread.accumulation * (spread.microbatches or 1)
         weights, gradients = self.moved(spread)
         rest = spread.of("fsdp") * spread.of("context") * spread.of("expert")
-        own = self.basis.own[remat] * self.basis.devices / spread.devices / parts
+        fixed = min(self.basis.fixed, *self.basis.own.values())
+        share = self.basis.devices / spread.devices / parts
+        own = (self.basis.own[remat] - fixed) * share
         if stages > 1:  # a stage keeps the streams of what is under way, and computes one microbatch again
-            own = own * min(stages, spread.microbatches or 1) / max(self.blocks / stages, 1) + own + gradients
+            streams = (self.basis.own.get("full", self.basis.own[remat]) - fixed) * share
+            own += streams * min(stages, spread.microbatches or 1) / max(self.blocks / stages, 1) + gradients
         if parts > 1 and self.trains:
             own += gradients / (rest if spread.zero != 2 else rest * spread.of("data"))
         return Guess(
-            (self.state(spread) if state is None else state) + own,
+            (self.state(spread) if state is None else state) + own + fixed,
             self.seconds(spread, remat, weights, gradients, rest, parts),
         )
 
@@ -213,13 +218,23 @@ def basis(
     whole: Spread,
     by_axis: Mapping[str, Spread],
     rows: int,
+    parts: int = 1,
+    gradients: float = 0.0,
 ) -> Basis:
-    """Trace what the guesses need: `whole` with each remat, and a spread for each axis that divides activations."""
+    """Trace what the guesses need: `whole` with each remat, and once in so many `parts`, whose sum of gradients takes
+    so many bytes; and a spread for each axis that divides activations."""
     own, flops, per_row, calls = {}, {}, {}, {}
     for remat in remats:
         found = estimate(dataclasses.replace(whole, remat=remat))
         if found is not None:
             own[remat], flops[remat] = found.own, found.flops
+    fixed, last = 0.0, next(reversed(own), None)
+    if (
+        parts > 1
+        and last is not None
+        and (found := estimate(dataclasses.replace(whole, remat=last, accumulation=parts)))
+    ):
+        fixed = max((found.own - gradients - own[last] / parts) / (1 - 1 / parts), 0.0)
     for axis, spread in by_axis.items():
         found = estimate(spread)
         if found is None:
@@ -232,4 +247,4 @@ def basis(
         calls[axis] = sum(one.times for one in mine) / (spread.accumulation * (spread.microbatches or 1))
         there = rows / spread.row_ways / spread.of("context")
         per_row[axis] = sent / there * n / (n - 1)
-    return Basis(own, flops, per_row, whole.devices, calls)
+    return Basis(own, flops, per_row, whole.devices, calls, fixed)

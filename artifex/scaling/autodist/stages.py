@@ -27,6 +27,9 @@ from typing import Any, Literal
 CLOSE = 1e-9
 """Ratios that miss a limit by less than this keep it: 1 / 5 of 0.2 in whatever order it is computed."""
 
+BUBBLE, UNBALANCE = "max_pipeline_bubble_ratio", "max_pipeline_unbalance_ratio"
+"""The options that `max_bubble` and `max_unbalance` are."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Block:
@@ -132,15 +135,15 @@ def why_none(blocks: Blocks, stages: int, microbatches: int, **limits: Any) -> s
     names, found = next((names, found) for names, found in cuts if found)
     says = []
     if "max_bubble" in names:
-        idle = f"devices would be idle for {found.bubble:.3f} of the time, more than max_bubble={within.max_bubble:g}"
-        would = f"max_bubble={math.ceil(found.bubble * 1000) / 1000:g} would do, more microbatches not"
+        idle = f"devices would be idle for {found.bubble:.3f} of the time, more than {BUBBLE}={within.max_bubble:g}"
+        would = f"{BUBBLE}={math.ceil(found.bubble * 1000) / 1000:g} would do, more microbatches not"
         if enough := _enough(found, blocks, microbatches, within.without(set(names) - {"max_bubble"})):
             would, found = f"{enough[0]} microbatches would do", enough[1]
         says.append(f"{idle}; {would}")
     if "max_unbalance" in names:
         short = f"the shortest stage would take {found.unbalance:.3f} of the longest's time"
-        would = f"max_unbalance={math.floor(found.unbalance * 1000) / 1000:g} would do"
-        says.append(f"{short}, less than max_unbalance={within.max_unbalance:g}; {would}")
+        would = f"{UNBALANCE}={math.floor(found.unbalance * 1000) / 1000:g} would do"
+        says.append(f"{short}, less than {UNBALANCE}={within.max_unbalance:g}; {would}")
     if "limit" in names:
         most = max(found.bytes)
         held = f"stage {found.bytes.index(most)} of {stages} would hold {most} bytes"
