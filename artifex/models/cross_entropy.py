@@ -46,6 +46,7 @@ def read_logits(
     """x W (B, T, V), float32 also of bfloat16: sums are not rounded to it. `softcap` c bounds them by c tanh(x W / c);
     that of the id `never` is -1e30."""
     multiply = product if x_BTD.dtype == jnp.float32 else _float32_product
+    x_BTD = axes.shard_for_pair(x_BTD, "act_vocab")
     logits_BTV = _capped(axes.shard(multiply(x_BTD, head_DV), *LOGITS), softcap)
     return logits_BTV if never is None else without(logits_BTV, never)
 
@@ -261,4 +262,5 @@ def _backward(
 
     start = axes.shard(jnp.zeros((blocks.ways, *x_BTD.shape), jnp.float32), *OF_X)
     dx_SBTD, dhead_NPRD = jax.lax.scan(add, start, (blocks.cut(head_VD), jnp.arange(blocks.count)))
-    return jnp.sum(dx_SBTD, axis=0).astype(x_BTD.dtype), blocks.joined(dhead_NPRD), None
+    dx_BTD = axes.shard_for_pair(jnp.sum(dx_SBTD, axis=0).astype(x_BTD.dtype), "act_vocab")
+    return dx_BTD, blocks.joined(dhead_NPRD), None
