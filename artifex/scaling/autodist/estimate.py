@@ -95,7 +95,8 @@ def estimate(
     program = read(traced.jaxpr, traced.where, traced.out)
     hoist(program)
     lay_out(program, sizes)
-    sends = partition(program, sizes, scatters=traced.platform != "cpu", taken=taken)
+    on = traced.platform
+    sends = partition(program, sizes, scatters=on != "cpu", hoists=on != "gpu", taken=taken)
     flops = flops_of_device(program, sizes, taken)
     alive = live(program, sizes)
     convolutions = any(op.name == "conv_general_dilated" for op in program.every())

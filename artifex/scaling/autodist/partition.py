@@ -46,11 +46,17 @@ class Sent:
 
 
 def partition(
-    program: Block, sizes: dict[str, int], *, scatters: bool = True, taken: Taken | None = None
+    program: Block,
+    sizes: dict[str, int],
+    *,
+    scatters: bool = True,
+    hoists: bool = True,
+    taken: Taken | None = None,
 ) -> list[Sent]:
     """Write the collectives into `program`, in place, and return them. Without `scatters`, as on a CPU, devices sum all
-    of what each needs a part of. `taken`: see `artifex.scaling.communication`."""
-    writer = _Writer(sizes, scatters, taken or {})
+    of what each needs a part of; without `hoists`, as on a GPU, what stays the same in a loop is gathered in each of
+    its turns. `taken`: see `artifex.scaling.communication`."""
+    writer = _Writer(sizes, scatters, hoists, taken or {})
     writer.block(program, 1.0)
     return writer.sent
 
@@ -86,8 +92,8 @@ def divided_in_part(op: Op, sizes: dict[str, int]) -> bool:
 
 
 class _Writer:
-    def __init__(self, sizes: dict[str, int], scatters: bool, taken: Taken) -> None:
-        self.sizes, self.scatters, self.taken = sizes, scatters, taken
+    def __init__(self, sizes: dict[str, int], scatters: bool, hoists: bool, taken: Taken) -> None:
+        self.sizes, self.scatters, self.hoists, self.taken = sizes, scatters, hoists, taken
         self.sent: list[Sent] = []
         self.around: Around | None = None
         self.in_part = False  # in a region of some mesh axes, where XLA gathers what a scatter adds up
@@ -155,7 +161,7 @@ class _Writer:
         key = (id(value), tuple(wanted))
         if key in known:
             return known[key]
-        if self.around is not None and (outside := self.around.constant(value)) is not None:
+        if self.hoists and self.around is not None and (outside := self.around.constant(value)) is not None:
             return self.before(value, outside, wanted, known)
         have, want = value.axes, {axis for dim in wanted for axis in dim}
         gone = have - want
