@@ -19,7 +19,7 @@ from artifex.scaling.autodist.cluster import HARDWARE
 from artifex.scaling.autodist.errors import remedies
 from artifex.scaling.autodist.pictures import frontier
 from artifex.scaling.autodist.plan_file import read
-from artifex.scaling.autodist.planned import share_text
+from artifex.scaling.autodist.planned import Proof, share_text
 from artifex.scaling.autodist.profile import FILE
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -198,6 +198,15 @@ def test_a_plan_that_is_proved_was_compiled_and_says_what_it_takes(run, tmp_path
     (compiled,) = (line for line in said if line.startswith("  compiled: "))
     off = number(compiled, r"predicted ([+-][\d.]+)%")
     assert predicted["bytes_in_all"] / proof["bytes"] - 1 == pytest.approx(off / 100, abs=1e-3)
+
+
+def test_a_runner_up_that_was_compiled_says_what_came_of_it(answer):
+    """A faster one that does not fit would else look better than the choice."""
+    one, two, *_ = answer.runners
+    proofs = {one.spread: Proof(answer.limit + 1, {}, "XLA", 1.0), two.spread: Proof(None, {}, "XLA", 1.0, "aborted")}
+    found = dataclasses.replace(answer, proofs=proofs)
+    assert found.lost(one).startswith(answer.lost(one)) and found.lost(one).endswith("which does not fit")
+    assert found.lost(two) == f"{answer.lost(two)}, not compiled: aborted"
 
 
 @pytest.mark.slow

@@ -169,7 +169,17 @@ class Planned:
         slower = one.estimate.seconds / self.estimate.seconds - 1
         more = round(one.estimate.whole - self.estimate.whole)
         time = f"{slower:+.1%} time" if round(slower, 3) else "as fast"
-        return f"{time}, {size_text(abs(more))} {'more' if more > 0 else 'less'}" if more else f"{time}, as much memory"
+        memory = f"{size_text(abs(more))} {'more' if more > 0 else 'less'}" if more else "as much memory"
+        return ", ".join([time, memory, *self._compiled(one)])
+
+    def _compiled(self, one: Candidate) -> list[str]:
+        """What came of compiling a runner-up, if that was done."""
+        if (proof := self.proofs.get(one.spread)) is None:
+            return []
+        if proof.bytes is None:
+            return [f"not compiled: {proof.error}"]
+        over = self.limit is not None and proof.bytes > self.limit
+        return [f"compiled {size_text(proof.bytes)}" + ", which does not fit" * over]
 
     def tail(self) -> list[str]:
         """How it was checked, and what the user should know."""
