@@ -207,6 +207,8 @@ def test_a_runner_up_that_was_compiled_says_what_came_of_it(answer):
     found = dataclasses.replace(answer, proofs=proofs)
     assert found.lost(one).startswith(answer.lost(one)) and found.lost(one).endswith("which does not fit")
     assert found.lost(two) == f"{answer.lost(two)}, not compiled: aborted"
+    points = {name: some.get_offsets().tolist() for some in drawn(found)[0].collections if (name := some.get_label())}
+    assert len(points["did not fit"]) == len(answer.over) + 2
 
 
 @pytest.mark.slow

@@ -46,11 +46,14 @@ def frontier(found: Planned) -> Figure:
         axes.axvline(limit, color="C3", linestyle=":", label=f"limit {size_text(found.limit or 0)}")
     elif limit is not None:
         _point_at(axes, f"limit {size_text(found.limit or 0)}", right=limit > right)
-    line = _unbeaten(points)
+    refuted = {index for index, one in enumerate(every) if found.refuted(one)}
+    line = _unbeaten([point for index, point in enumerate(points) if index not in refuted])
     steps = [(line[0][0], high), *line, (right, line[-1][1])]
     axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", color="0.6", zorder=1, label="frontier")
-    fitted = 1 + len(found.runners)
-    for some, label, face in ((points[1:fitted], "runners-up", "C0"), (points[fitted:], "did not fit", "none")):
+    fitted = [index for index in range(1, 1 + len(found.runners)) if index not in refuted]
+    runners = [points[index] for index in fitted]
+    others = [point for index, point in enumerate(points) if index and index not in fitted]
+    for some, label, face in ((runners, "runners-up", "C0"), (others, "did not fit", "none")):
         if some:
             axes.scatter(*zip(*some, strict=True), s=26, facecolor=face, edgecolor="C0", zorder=2, label=label)
     spread = re.sub(r",\b", ", ", str(shortest(found.spread)))  # lines may break there

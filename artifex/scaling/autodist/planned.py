@@ -178,8 +178,12 @@ class Planned:
             return []
         if proof.bytes is None:
             return [f"not compiled: {proof.error}"]
-        over = self.limit is not None and proof.bytes > self.limit
-        return [f"compiled {size_text(proof.bytes)}" + ", which does not fit" * over]
+        return [f"compiled {size_text(proof.bytes)}" + ", which does not fit" * self.refuted(one)]
+
+    def refuted(self, one: Candidate) -> bool:
+        """Whether a candidate was compiled, and does not fit or came to no answer."""
+        proof = self.proofs.get(one.spread)
+        return proof is not None and (proof.bytes is None or proof.bytes > (self.limit or math.inf))
 
     def tail(self) -> list[str]:
         """How it was checked, and what the user should know."""
