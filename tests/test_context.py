@@ -11,18 +11,22 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from pydantic import ValidationError
 
 from artifex.config import Config
+from artifex.config_device import DeviceConfig
 from artifex.models.attention import dot_product_attention, recording
 from artifex.models.attention.zigzag import from_zigzag, to_zigzag
+from artifex.models.layers import Embed
 from artifex.models.transformer.config import DecoderConfig
 from artifex.models.transformer.decoder import Decoder
 from artifex.models.transformer.linear_attention import mixed, mixed_by_parts
 from artifex.models.transformer.masked import MaskedDiffusion
 from artifex.models.transformer.masked_config import MaskedDiffusionConfig
+from artifex.scaling import axes
 from artifex.scaling.axes import Rules
+from artifex.scaling.communication import communication
 from artifex.scaling.execution import Execution, execution
 from artifex.scaling.plan import Plan
 from artifex.scaling.strategies import combine, strategies_for
@@ -496,3 +500,39 @@ def test_how_positions_see_each_other_is_a_setting_of_the_device_section():
         configured(context_attention="ulysses")
     plan = Plan.from_device(configured(context=2, fsdp=4, context_attention="ulysses").device, 8)
     assert plan.execution(plan.make_mesh()).context_attention == "ulysses"
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 4, "context": 2}, {"data": 2, "fsdp": 2, "context": 2}], ids=str)
+def test_words_go_to_their_rows_and_their_positions_each_device_sending_its_part_once(sizes):
+    rows, length, count, features = 8, 32, 64, 16
+    plan = Plan.from_device(DeviceConfig(**sizes), 8)
+    mesh = plan.make_mesh()
+    with execution(plan.execution(mesh)):
+        embed = nnx.eval_shape(lambda: Embed(count, features, ("vocab", "embed"), rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(embed)
+
+    def loss(table, ids, weights):
+        with execution(plan.execution(mesh)):
+            words = axes.shard(nnx.merge(graph, table)(ids), "batch", "sequence", "hidden")
+            return jnp.sum(axes.shard(words * weights, "batch", "sequence", "hidden"))
+
+    split = tuple(axis for axis in ("fsdp", "context") if axis in plan.sizes)
+    by_rows = tuple(axis for axis in ("data", "fsdp") if axis in plan.sizes)
+    given = [
+        state,
+        jax.ShapeDtypeStruct((rows, length), jnp.int32),
+        jax.ShapeDtypeStruct((rows, length, features), jnp.float32),
+    ]
+    where = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((None, split), (by_rows, "context"))]
+    step = jax.jit(jax.grad(loss), in_shardings=(where[0], where[1], where[1]), out_shardings=where[0])
+    found = communication(step.lower(*given).compile().as_text(), mesh)
+    # a device's part of the words' gradient, in float32; that of the table is summed over `data`
+    part = 4 * rows * length * features / 8
+    fsdp = sizes["fsdp"]
+    assert found.sent("context", kind="all-to-all") == part / 2
+    assert found.sent("fsdp", kind="all-to-all") == part * (fsdp - 1) / fsdp
+    table = 4 * count * features / (fsdp * 2)
+    assert found.sent("data", kind="all-reduce") == (table if "data" in sizes else 0)
+    ids = 4 * rows * length
+    others = sum(row.sent for row in found.rows) - part * (1 / 2 + (fsdp - 1) / fsdp) - found.sent("data")
+    assert others <= ids

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -244,24 +245,33 @@ def shard_for_pair(x: jax.Array, hidden: str) -> jax.Array:
 
 def shard_as_read(x: jax.Array, names: Names, weight: Names, shape: Sequence[int]) -> jax.Array:
     """Constrain what rows of a weight are read by, or those rows, which have one more dim: that lies as the last dim of
-    the weight, the dims before it by `names` over the mesh axes that are left.
+    the weight, the dims before it by `names` over the mesh axes that are left. Rows are then sent to their own layout.
 
-    From there to their own layout, and back with their gradient, each device sends its part once. XLA alone would have
-    every device hold the gradient of all rows where further axes split them.
+    There, and back with their gradient, each device sends its part once for each dim it goes to. XLA alone would have
+    every device hold all rows, or their gradient, where several dims take of the axes that split the weight.
     """
     now = layout()
     if now is None:
         return x
     last = resolve(weight, shape, now.rules.params, now.sizes, now.rules.min_weight_size).spec[-1]
-    taken = {last} if isinstance(last, str) else set(last or ())
+    taken = (last,) if isinstance(last, str) else tuple(last or ())
     if not taken:
         return x
-    free = [
-        dataclasses.replace(rule, axes=tuple(axis for axis in rule.axes if axis not in taken))
-        for rule in now.rules.activations
+    own = [
+        (entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in now.spec(names, x.shape[: len(names)])
     ]
-    spec = resolve(names, x.shape[: len(names)], free, now.sizes).spec
-    return now.constrain(x, PartitionSpec(*spec, *[last] * (x.ndim - len(names))))
+
+    def constrained(x: jax.Array, left: tuple[str, ...]) -> jax.Array:
+        # of the axes of a dim those in front of the first that is not there yet: the others would have to change places
+        dims = [tuple(itertools.takewhile(lambda axis: axis not in left, axes)) or None for axes in own]
+        return now.constrain(x, PartitionSpec(*dims, *[left or None] * (x.ndim - len(names))))
+
+    x = constrained(x, taken)
+    for count in range(len(taken) - 1, 0, -1) if x.ndim > len(names) else ():
+        to = [next((dim for dim, axes in enumerate(own) if axis in axes), None) for axis in taken]
+        if to[count] != to[count - 1]:  # of rows, what goes to another dim than the axes that are left
+            x = constrained(x, taken[:count])
+    return x
 
 
 def shard_parameter(x: jax.Array, *names: str | None, whole: Sequence[int] | None = None) -> jax.Array:
