@@ -198,6 +198,7 @@ class Checkpoints:
             manifest.seal(attempt, body)
             attempt.rename(self.folder / str(step))
             manifest.sync(self.folder)
+            manifest.sync(self.folder.parent)  # it may have been made for the first step
             if not self._is_complete(step):
                 raise CheckpointError(f"{step} was changed while it was saved")
             newest = [known for known in self.steps() if known <= step][-self.keep :]
@@ -231,14 +232,14 @@ class Checkpoints:
         if step not in self._folders():
             raise CheckpointError(f"there is no step {step} in {self.folder}; complete are {self.steps() or 'none'}")
         try:
-            return manifest.read(self.folder / str(step))
+            return manifest.read(self.folder / str(step), step)
         except CheckpointError as error:
             raise self._refusal(step, str(error)) from None
 
     def _is_complete(self, step: int) -> bool:
         folder = self.folder / str(step)
         try:
-            files = manifest.read(folder)["files"]
+            files = manifest.read(folder, step)["files"]
         except CheckpointError:
             return False
         return not any(manifest.wrong_size(folder, name, entry) for name, entry in files.items())
@@ -253,7 +254,7 @@ class Checkpoints:
         """`_damage` by this process's share of the files."""
         folder = self.folder / str(step)
         try:
-            body = manifest.read(folder)
+            body = manifest.read(folder, step)
         except CheckpointError as error:
             return str(error)
         spared = {leaves.array_folder(path) for path in body["arrays"] if paths is not None and path not in paths}
