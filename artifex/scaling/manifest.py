@@ -178,17 +178,18 @@ def _checksum(content: Any) -> str:
 
 def _malformed(content: Mapping[str, Any]) -> str | None:
     """What is not as `seal` writes it, in a manifest that matches its own checksum: anybody can compute one."""
-    step, files, arrays = (content.get(key) for key in ("step", "files", "arrays"))
-    if not _is_count(step) or not all(isinstance(part, dict) for part in (files, arrays, content.get("metadata"))):
+    parts: list[Any] = [content.get(key) for key in ("files", "arrays", "metadata")]
+    if not _is_count(content.get("step")) or not all(isinstance(part, dict) for part in parts):
         return "it lacks a step, files, arrays or metadata"
-    for name, entry in files.items():
-        parts = name.split("/")
-        if not name.isprintable() or "\\" in name or {"", ".", ".."} & set(parts):
+    for name, entry in content["files"].items():
+        steps = name.split("/")
+        if not name.isprintable() or "\\" in name or {"", ".", ".."} & set(steps):
             return f"it lists {name[:200]!r}, which is no path inside the step's folder"
         if not (isinstance(entry, dict) and _is_count(entry.get("size")) and _has_digest(entry)):
             return f"it lists {name} without size and digest"
-    for path, entry in arrays.items():
-        shape = entry.get("shape") if isinstance(entry, dict) else None
+    for path, entry in content["arrays"].items():
+        entry = entry if isinstance(entry, dict) else {}
+        shape = entry.get("shape")
         if not (isinstance(shape, list) and all(map(_is_count, shape)) and _is_dtype(entry.get("dtype"))):
             return f"it lists array {path[:200]!r} without shape and dtype"
     return None
