@@ -75,8 +75,8 @@ def train(config: Config, run_dir: str | Path, *, start_anew: bool = False) -> P
 
     `start_anew` begins at step 0 whatever the folder has: its checkpoints are renamed and stay. A start that fails
     leaves the folder as it was. Raises `ValueError` for a configuration, mesh, data or folder that do not fit, and
-    `MemoryError` for a step that needs more than a device has; `CheckpointError` where checkpoints are damaged and none
-    is left, or where nothing can be saved; `DataError` where an example turns out to be bad when it is drawn;
+    `MemoryError` for a step that needs more than a device has; `CheckpointError` where checkpoints are damaged or gone
+    and none is left, or where nothing can be saved; `DataError` where an example turns out to be bad when it is drawn;
     `FloatingPointError` at the first loss or gradient that is not finite (the last good checkpoint stays); and
     `Stopped`, a `SystemExit`, where a signal ended the run after it was saved.
     """
@@ -131,7 +131,7 @@ def open_run(config: Config, run_dir: str | Path, *, start_anew: bool = False) -
     config = as_known(config, folder.config)
     changes = folder.open(config)
     # the weights it begins with and what stays frozen, by name and shape
-    if start_anew or not folder.checkpoints.is_dir():
+    if start_anew or not folder.holds_steps():
         check_start(config)
     # data: read before anything is built, so that a wrong path costs nothing
     task = open_task(config, folder)
@@ -166,6 +166,7 @@ def plan_of(config: Config, device_count: int) -> Plan:
 
 def begin(blue: Blueprint, checkpoints: Checkpoints, task: Task, start_anew: bool) -> tuple[TrainState, int, list[str]]:
     """The state to start from, the step it stands at, and what to tell the user about it."""
+    from artifex.training.lost_steps import check_nothing_lost
     from artifex.training.start import start_state
 
     start_from = blue.config.training.start_from
@@ -173,12 +174,8 @@ def begin(blue: Blueprint, checkpoints: Checkpoints, task: Task, start_anew: boo
         state, lines = start_state(blue)
         return state, 0, ["starts anew, as asked: checkpoints that are there are renamed", *lines]
     step, skipped = checkpoints.newest_restorable()
-    if step is None and skipped:
-        raise CheckpointError(
-            f"no step in {checkpoints.folder} can be restored, so the run would start anew: {'; '.join(skipped)}; put "
-            "a copy of the folder back, or give --start-anew to begin at step 0, which renames what is there"
-        )
     if step is None:
+        check_nothing_lost(checkpoints.folder.parent, skipped)
         state, lines = start_state(blue)
         return state, 0, lines
     saved = checkpoints.metadata(step)["data"]["fingerprint"]

@@ -76,8 +76,9 @@ answered with ours: `--lr` with `--optimizer.learning-rate`.
 
 A signal before the first step, or while a finished run is scored, ends the program at once, also in the middle of a
 compilation. While it trains, the step at hand is finished and saved first; a second signal, a second later, does not
-wait for that. The same command goes on, and makes what is missing of a finished run. Where checkpoints are there and
-all are damaged, a run does not start anew by itself: `--start-anew` does, and renames them.
+wait for that. The same command goes on, and makes what is missing of a finished run. Where all checkpoints are
+damaged, or the folder shows that there were some and they are gone, a run does not start anew by itself:
+`--start-anew` does. It renames what is there, and moves the lines of metrics to `metrics.left.jsonl`.
 
 What XLA logs is not shown; `TF_CPP_MIN_LOG_LEVEL=0` shows it.
 

@@ -197,11 +197,11 @@ def test_a_resumed_run_replaces_what_it_left_behind(tmp_path, caplog):
 
 
 def test_a_manifest_of_an_unknown_format_is_refused(checkpoints, monkeypatch):
-    monkeypatch.setattr(manifest, "FORMAT", 2)
+    monkeypatch.setattr(manifest, "FORMAT", 3)
     checkpoints.save(1, small(), {})
     checkpoints.wait()
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="format 2, this version reads 1; update artifex"):
+    with pytest.raises(CheckpointError, match="format 3, this version reads 2; update artifex"):
         checkpoints.metadata(1)
 
 

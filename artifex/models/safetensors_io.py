@@ -1,12 +1,14 @@
 """Files of the safetensors format: opened without trusting them, mapped into memory, written tensor by tensor.
 
-A set of tensors is one file, or several with an index that says which file holds which tensor.
+A set of tensors is one file, or several with an index that says which file holds which tensor. What is written here
+carries digests, by `artifex.models.digests`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import re
@@ -17,6 +19,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from artifex.models import digests
+from artifex.scaling import processes
 
 LIMIT = 100_000_000  # bytes of a header, as in the safetensors library, or of an index
 SHARD_BYTES = 5 * 10**9  # of one file, if its tensors allow it
@@ -36,17 +41,21 @@ DTYPES = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
+_LOG = logging.getLogger("artifex")
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where one tensor lies: `begin` is its first byte in `file`. `dtype` is None where NumPy has none for it."""
+    """Where one tensor lies: `begin` is the first of its `size` bytes in `file`. `dtype` is None where NumPy has none
+    for it, `digest` where the file carries none."""
 
     file: Path
     begin: int
+    size: int
     shape: tuple[int, ...]
     code: str
+    digest: str | None = None
 
     @property
     def dtype(self) -> np.dtype | None:
@@ -168,12 +177,30 @@ def _tensors_in(file: Path) -> dict[str, Stored]:
         raise ValueError(f"{file} is no safetensors file: {shown(str(error))}") from error
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        header = _object(stream.read(length), file)
-    return {
-        name: Stored(file, 8 + length + tensor["data_offsets"][0], tuple(tensor["shape"]), tensor["dtype"])
-        for name, tensor in header.items()
-        if name != "__metadata__"
-    }
+        text = stream.read(length)
+    header = _object(text, file)
+    metadata = header.pop("__metadata__", {})
+    in_order = sorted(header, key=lambda name: header[name]["data_offsets"])
+    digest_of = dict(zip(in_order, digests.digests_in(file, text, metadata, len(header)) or [], strict=False))
+    tensors: dict[str, Stored] = {}
+    for name, tensor in header.items():
+        begin, end = tensor["data_offsets"]
+        where = Stored(file, 8 + length + begin, end - begin, tuple(tensor["shape"]), tensor["dtype"])
+        tensors[name] = dataclasses.replace(where, digest=digest_of.get(name))
+    return tensors
+
+
+def verify(tensors: Mapping[str, Stored]) -> None:
+    """Read those of `tensors` whose file carries digests, each process a share. Raises `ValueError`, on every process,
+    where one does not match its own; a line of the log names files that carry none."""
+    known = {name: (one.file, one.begin, one.size, one.digest) for name, one in tensors.items() if one.digest}
+    share = [*known][processes.index() :: processes.count()]
+    if problem := next(filter(None, processes.all_say(digests.damage({name: known[name] for name in share}))), None):
+        raise ValueError(problem)
+    without = sorted({str(one.file) for one in tensors.values() if not one.digest})
+    if without and processes.is_first():
+        more = f" and {len(without) - 1} more" if len(without) > 1 else ""
+        _LOG.warning("%s%s: no checksums in it, so damage would not be found", without[0], more)
 
 
 def _tensors_of_index(folder: Path, index: Path) -> dict[str, Stored]:
@@ -243,7 +270,8 @@ def _shards(tensors: Sequence[Tensor], limit: int) -> list[list[Tensor]]:
 def _write_file(file: Path, tensors: Sequence[Tensor]) -> None:
     # widest dtypes first: each tensor then lies at a multiple of its item size
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    marks = {"format": "pt", digests.FIELD: digests.blank(len(tensors))}  # transformers asks for the first
+    header: dict[str, Any] = {"__metadata__": marks}
     begin = 0
     for tensor in tensors:
         if tensor.dtype not in CODES:
@@ -255,8 +283,16 @@ def _write_file(file: Path, tensors: Sequence[Tensor]) -> None:
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
+        found = []
         for tensor in tensors:
+            digest = digests.hasher()
             for piece in tensor.pieces():
                 assert piece.dtype == tensor.dtype
-                stream.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+                part = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
+                digest.update(part)
+                stream.write(part)
+            found.append(digest.hexdigest())
         assert stream.tell() == 8 + len(text) + begin
+        digests.fill(stream, text, found)
+        stream.flush()
+        os.fsync(stream.fileno())

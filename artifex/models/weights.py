@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from artifex.models.safetensors_io import (
     index_of,
     open_tensors,
     shown,
+    verify,
     write_tensors,
 )
 from artifex.models.weights_config import (
@@ -62,9 +63,11 @@ def from_pretrained(folder: str | Path, *, shardings: Any = None, dtype: Any = N
     into its shards, from the file's own pages, one shard at a time. `shardings` is a tree like the parameters', or a
     function that makes one of the abstract `nnx.State`, in whose metadata every dim has its name; None: one device.
 
-    Raises `FileNotFoundError` where a file is missing, and `ValueError` for a configuration that is none or that our
-    models cannot compute, for tensors that are missing, unknown, misshapen or of another dtype, with the first of them
-    listed, for pickles, and for files made to deceive (see `artifex.models.safetensors_io.open_tensors`).
+    Tensors are verified first where their file carries checksums, as those of `save_pretrained` do; of several
+    processes all call it, and each verifies a share. Raises `FileNotFoundError` where a file is missing, and
+    `ValueError` for a configuration that is none or that our models cannot compute, for tensors that are missing,
+    unknown, misshapen, damaged or of another dtype, with the first of them listed, for pickles, and for files
+    made to deceive (see `artifex.models.safetensors_io.open_tensors`).
     """
     cfg = read_config(folder)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: cfg.build(nnx.Rngs(0))))
@@ -106,20 +109,26 @@ def read_some(folder: str | Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) ->
 
     All that the folder should hold must be there and fit; the rest of it is not read. Raises as `from_pretrained`.
     """
-    readers = _readers(Path(folder), described_params(folder), None)
+    readers = _readers(Path(folder), described_params(folder), None, wanted)
     return {
         name: _placed(readers[name], tuple(leaf.shape), np.dtype(leaf.dtype), leaf.sharding)
         for name, leaf in wanted.items()
     }
 
 
-def _readers(folder: Path, expected: Mapping[str, Any], cfg: Any) -> dict[str, Callable[[Slices, np.dtype], Any]]:
-    """What reads slices of each of the `expected` parameters, once all that the folder holds was found to fit."""
+def _readers(
+    folder: Path, expected: Mapping[str, Any], cfg: Any, wanted: Container[str] | None = None
+) -> dict[str, Callable[[Slices, np.dtype], Any]]:
+    """What reads slices of each of the `expected` parameters, once all that the folder holds was found to fit, and
+    those that are `wanted` (None: all) to match their checksums."""
     there, layout = described(folder)
     entries = _own(expected) if layout is None else layout.entries(there if cfg is None else cfg)
     sources = _sources(entries, {path: tuple(leaf.shape) for path, leaf in expected.items()})
     stored = open_tensors(folder, TENSORS if layout is None else layout.tensors)
     stored = _check(folder, sources, expected, stored, layout)
+    read = [source for source in sources if wanted is None or source.path in wanted]
+    names = {name for source in read for name in _names(source) if name in stored}
+    verify({name: stored[name] for name in sorted(names)})
     for source in sources:
         if source.entry.copies or source.entry.optional:
             _check_repeated(folder, source, sources, stored)
@@ -219,6 +228,12 @@ def _sources(entries: Iterable[Entry], shapes: Mapping[str, Shape]) -> list[_Sou
         raise ValueError(f"{CONFIG} describes no {without[0]}, which the model has; build it as {CONFIG} says")
     assert len(covered) == len(shapes), "a layout covers every parameter once"
     return sources
+
+
+def _names(source: _Source) -> Iterator[str]:
+    """The tensors that a parameter is read from."""
+    for at in itertools.product(*map(range, source.lead)):
+        yield from source.entry.names(at)
 
 
 def _check(

@@ -21,17 +21,17 @@ import os
 import re
 import shutil
 import sys
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 import artifex
-from artifex.scaling import manifest, processes
+from artifex.scaling import leaves, manifest, processes
 from artifex.scaling.manifest import CheckpointError
 
 __all__ = ["CheckpointError", "Checkpoints"]
@@ -60,7 +60,7 @@ class Checkpoints:
         self._last = -1  # the step this object saved last
         self._pending: tuple[int, Future[None]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._orbax = ocp.AsyncCheckpointer(_handler())
+        self._orbax = _checkpointer()
         atexit.register(self.close)  # so that a lost save is an error at exit, not silence
 
     def __enter__(self) -> Checkpoints:
@@ -88,8 +88,8 @@ class Checkpoints:
         self.wait()
         if step <= self._last:
             raise ValueError(f"step {step} is not above {self._last}; steps count up, from 0")
-        arrays = _by_path(tree)
-        _check_arrays(arrays)
+        arrays = leaves.by_path(tree)
+        leaves.check_arrays(arrays)
         manifest.check_metadata(metadata)
         body = {
             "step": step,
@@ -104,8 +104,9 @@ class Checkpoints:
                 self._sweep()
                 self.set_aside(step)
                 attempt.mkdir(parents=True)
-            self._orbax.save(attempt / _ARRAYS, args=ocp.args.PyTreeSave(nested(arrays)))
+            self._orbax.save(attempt / _ARRAYS, args=ocp.args.PyTreeSave(leaves.nested(arrays)))
         except OSError as error:
+            self._orbax = _checkpointer()  # what is left of the failed save is not told to the next
             raise self._unsaved(step, self._reason(error)) from error
         self._pending = step, self._thread.submit(self._finish, step, attempt, body)
         if not self.asynchronous:
@@ -167,7 +168,7 @@ class Checkpoints:
         the file that is missing or damaged.
         """
         self.wait()
-        wanted = _by_path(target, under)
+        wanted = leaves.by_path(target, under)
         prefix = f"{under}/"
         arrays = {
             path: entry
@@ -176,7 +177,7 @@ class Checkpoints:
         }
         if part:
             arrays = {path: entry for path, entry in arrays.items() if path in wanted}
-        _check_target(step, arrays, wanted)
+        leaves.check_target(step, arrays, wanted)
         if problem := self._damage(step, set(wanted)):
             raise self._refusal(step, problem)
         how = {
@@ -185,10 +186,10 @@ class Checkpoints:
         }
         restored = self._orbax.restore(
             self.folder / str(step) / _ARRAYS,
-            args=ocp.args.PyTreeRestore(nested(wanted), restore_args=nested(how), partial_restore=True),
+            args=ocp.args.PyTreeRestore(leaves.nested(wanted), restore_args=leaves.nested(how), partial_restore=True),
         )
-        leaves = _by_path(restored)
-        return jax.tree.unflatten(jax.tree.structure(target), [leaves[path] for path in wanted])
+        found = leaves.by_path(restored)
+        return jax.tree.unflatten(jax.tree.structure(target), [found[path] for path in wanted])
 
     def _finish(self, step: int, attempt: Path, body: dict[str, Any]) -> None:
         # The background thread: Orbax's own barriers have let every process finish writing when it returns.
@@ -197,6 +198,9 @@ class Checkpoints:
             manifest.seal(attempt, body)
             attempt.rename(self.folder / str(step))
             manifest.sync(self.folder)
+            manifest.sync(self.folder.parent)  # it may have been made for the first step
+            if not self._is_complete(step):
+                raise CheckpointError(f"{step} was changed while it was saved")
             newest = [known for known in self.steps() if known <= step][-self.keep :]
             for old in self._folders():
                 if old < newest[0]:
@@ -228,14 +232,14 @@ class Checkpoints:
         if step not in self._folders():
             raise CheckpointError(f"there is no step {step} in {self.folder}; complete are {self.steps() or 'none'}")
         try:
-            return manifest.read(self.folder / str(step))
+            return manifest.read(self.folder / str(step), step)
         except CheckpointError as error:
             raise self._refusal(step, str(error)) from None
 
     def _is_complete(self, step: int) -> bool:
         folder = self.folder / str(step)
         try:
-            files = manifest.read(folder)["files"]
+            files = manifest.read(folder, step)["files"]
         except CheckpointError:
             return False
         return not any(manifest.wrong_size(folder, name, entry) for name, entry in files.items())
@@ -250,10 +254,10 @@ class Checkpoints:
         """`_damage` by this process's share of the files."""
         folder = self.folder / str(step)
         try:
-            body = manifest.read(folder)
+            body = manifest.read(folder, step)
         except CheckpointError as error:
             return str(error)
-        spared = {_array_folder(path) for path in body["arrays"] if paths is not None and path not in paths}
+        spared = {leaves.array_folder(path) for path in body["arrays"] if paths is not None and path not in paths}
         files = [(name, entry) for name, entry in body["files"].items() if spared.isdisjoint(name.split("/")[1:2])]
         share = range(jax.process_index(), len(files), jax.process_count())
         with ThreadPoolExecutor() as pool:
@@ -274,6 +278,16 @@ class Checkpoints:
         return CheckpointError(f"step {step} in {self.folder} cannot be restored: {problem}; {remedy}")
 
 
+def _checkpointer() -> ocp.AsyncCheckpointer:
+    # In the background Orbax makes no folder and keeps no notes: its writers would wait ten minutes for a folder that
+    # cannot be made, and so would the exit; and notes that fail would be told to the next save.
+    return ocp.AsyncCheckpointer(
+        _handler(),
+        async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+        checkpoint_metadata_store=ocp.metadata.metadata_store(enable_write=True, blocking_write=True),
+    )
+
+
 def _handler() -> ocp.PyTreeCheckpointHandler:
     # One folder of raw Zarr files per array: a part of a tree is read and verified without the rest, and writing is
     # twice to four times as fast as OCDBT. Orbax's own file of shardings is left out: they come from the target.
@@ -287,79 +301,6 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
     )
 
 
-def _by_path(tree: Any, under: str = "") -> dict[str, Any]:
-    """Path -> leaf, in the order of the tree's leaves."""
-    leaves: dict[str, Any] = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        names = [jax.tree_util.keystr((key,), simple=True) for key in keys]
-        for name in names:
-            if not re.fullmatch(r"\w[\w.-]*", name):
-                raise ValueError(
-                    f"{'/'.join(names)!r}: the key {name!r} cannot name a file; use letters, digits, _ - ."
-                )
-        path = "/".join([under, *names] if under else names)
-        if path in leaves:
-            raise ValueError(f"two leaves of the tree have the path {path!r}; give them different keys")
-        leaves[path] = leaf
-    return leaves
-
-
-def nested(leaves: dict[str, Any]) -> dict[str, Any]:
-    """Nested dicts of leaves by path, "params/embed/table"."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
-
-
-def _array_folder(path: str) -> str:
-    return path.replace("/", ".")  # Orbax's own naming
-
-
-def _check_arrays(arrays: dict[str, Any]) -> None:
-    if not arrays or "" in arrays:
-        raise ValueError("the tree to save has no named leaves; save a dict, dataclass or tuple of arrays")
-    folders: dict[str, str] = {}
-    for path, x in arrays.items():
-        if not isinstance(x, jax.Array):
-            raise TypeError(f"{path} is of type {type(x).__name__}; a checkpoint keeps jax.Array: use jnp.asarray")
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            raise TypeError(f"{path} has dtype {x.dtype}; save jax.random.key_data of a key instead")
-        if x.size == 0:
-            raise ValueError(f"{path} has shape {x.shape} and so no elements; leave it out of the tree")
-        twin = folders.setdefault(_array_folder(path).casefold(), path)
-        if twin != path:
-            raise ValueError(f"{twin!r} and {path!r} would share a folder on some file systems; rename one")
-
-
-def _check_target(step: int, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    if not wanted:
-        raise ValueError(f"nothing of step {step} is asked for: the target has no leaves")
-    for path, x in wanted.items():
-        if not isinstance(x, jax.Array | jax.ShapeDtypeStruct) or x.sharding is None:
-            raise TypeError(f"{path} is asked for by {x!r}; use jax.ShapeDtypeStruct(shape, dtype, sharding=...)")
-
-    def of_saved(path: str) -> str:
-        return f"{saved[path]['dtype']}{saved[path]['shape']}" if path in saved else "nothing"
-
-    def of_wanted(path: str) -> str:
-        return f"{wanted[path].dtype}{list(wanted[path].shape)}" if path in wanted else "nothing"
-
-    paths = [*wanted, *(path for path in saved if path not in wanted)]
-    differing = [path for path in paths if of_saved(path) != of_wanted(path)]
-    if differing:
-        listed = "; ".join(f"{path}: saved {of_saved(path)}, asked {of_wanted(path)}" for path in differing[:5])
-        more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise ValueError(
-            f"step {step} does not fit, {len(differing)} of {len(paths)} arrays differ: {listed}{more}. "
-            "artifex.restore opens a run as it was saved"
-        )
-
-
 def _versions() -> dict[str, str]:
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "orbax-checkpoint")}
     return {"artifex": artifex.__version__, **versions}
@@ -368,14 +309,20 @@ def _versions() -> dict[str, str]:
 def _remove(folder: Path) -> None:
     with contextlib.suppress(OSError):  # the manifest first: a step half removed is not complete
         (folder / manifest.NAME).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.is_dir():
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            folder.unlink(missing_ok=True)
     if folder.exists():
         _LOG.warning("could not remove %s; remove it by hand", folder)
 
 
 def _orbax_to_debug(record: logging.LogRecord) -> bool:
-    """A filter that turns what Orbax logs into DEBUG lines of "artifex.orbax"."""
-    if not record.pathname.startswith(_ORBAX_FOLDER):
+    """A filter that turns what Orbax logs, and what asyncio logs of its lost writes, into DEBUG of "artifex.orbax"."""
+    trace = record.exc_info[2] if record.exc_info else None
+    files = [record.pathname, *(frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace))]
+    if not any(file.startswith(_ORBAX_FOLDER) for file in files):
         return True
     _ORBAX_LOG.debug("%s", record.getMessage(), exc_info=record.exc_info)
     return False
@@ -389,6 +336,7 @@ def _drop_stragglers(report: Callable[[Any], object], event: Any) -> None:
 
 
 # When one write fails, Orbax logs several stack traces and leaves the other writes to report to nobody. `wait` raises
-# the failure in a sentence; these two keep the rest of it off the terminal, and nothing else.
-logging.getLogger("absl").addFilter(_orbax_to_debug)
+# the failure in a sentence; these keep the rest of it off the terminal, and nothing else.
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_orbax_to_debug)
 sys.unraisablehook = functools.partial(_drop_stragglers, sys.unraisablehook)

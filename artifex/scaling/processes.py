@@ -130,6 +130,13 @@ def count() -> int:
     return jax.process_count()
 
 
+def index() -> int:
+    """Which of them this one is, from 0."""
+    import jax
+
+    return jax.process_index()
+
+
 def is_first() -> bool:
     """Whether this is the process that writes and prints."""
     import jax

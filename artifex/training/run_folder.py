@@ -52,6 +52,7 @@ class RunFolder:
         self.path = path = Path(path)
         self.config = path / "config.json"
         self.metrics = path / "metrics.jsonl"
+        self.left = path / "metrics.left.jsonl"  # lines of steps that the run went on from before
         self.picture = path / "loss.png"
         self.samples = path / "samples"
         self.checkpoints = path / "checkpoints"
@@ -78,8 +79,13 @@ class RunFolder:
         """
         self.samples.mkdir(parents=True, exist_ok=True)
         config.save(self.config)
+        self.checkpoints.mkdir(exist_ok=True)  # so that where it is missing it was removed
         self.keep_metrics_up_to(step)
         self.picture.unlink(missing_ok=True)  # it is drawn last, so where it is nothing is missing
+
+    def holds_steps(self) -> bool:
+        """Whether there is anything in the folder of the checkpoints."""
+        return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
 
     def is_finished(self) -> bool:
         """Whether the run's last step left all it leaves: weights, and the curve, which is drawn after all else."""
@@ -109,11 +115,18 @@ class RunFolder:
 
     @by_first
     def keep_metrics_up_to(self, step: int) -> None:
-        """Drop the lines a resumed run will write again, and a last line that was cut off."""
+        """Move the lines a resumed run will write again to `metrics.left.jsonl`; drop a last line that was cut off."""
         if not self.metrics.exists():
             return
-        kept = [record for record in self.read_metrics() if record["step"] <= step] if step else []
-        self.metrics.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        records = self.read_metrics()
+        kept = [record for record in records if step and record["step"] <= step]
+        left = [record for record in records if not (step and record["step"] <= step)]
+        if left:
+            with self.left.open("a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in left)
+        whole = self.metrics.with_name(f".{self.metrics.name}")
+        whole.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        whole.replace(self.metrics)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Every complete line of `metrics.jsonl`."""

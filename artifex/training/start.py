@@ -22,7 +22,8 @@ from artifex.data.tokenizers import ByteTokenizer, load_tokenizer
 from artifex.models.weights import TOKENIZER, described_params, read_some
 from artifex.models.weights_config import read_config
 from artifex.scaling import manifest
-from artifex.scaling.checkpoints import Checkpoints, nested
+from artifex.scaling.checkpoints import Checkpoints
+from artifex.scaling.leaves import nested
 from artifex.training.frozen import fresh_state
 from artifex.training.restore import SavedStep, find_step
 from artifex.training.state import Blueprint, TrainState, frozen_of, mark_whole, within
