@@ -22,7 +22,9 @@ import types
 import typing
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import Field
 
 import artifex
 from artifex import models
@@ -48,6 +50,8 @@ FLAGS = {
 }
 TIME_LIMIT = 1_800.0  # seconds: 70B for a thousand chips takes some minutes on two cores
 VALUES = {
+    "--replay STEP": "CONFIG is the folder of a run: take this step again, from the newest checkpoint before it and "
+    "with its batch if that was kept, and say what it makes; nothing is written",
     "--target TARGET": "with --dry-run: a machine that need not be there, tpu:v5e:4x4, gpu:h100:2x8 or cpu:8; the step "
     "is compiled for it and what it would need and send is printed",
     "--time-limit SECONDS": f"with --target: when to give up (default: {TIME_LIMIT:g})",
@@ -66,11 +70,13 @@ class TrainCommand:
     start_anew: bool = False
     target: Target | None = None
     time_limit: float = TIME_LIMIT
+    replay: int | None = None
     start: Start = dataclasses.field(default_factory=Start)
 
     def asks(self) -> dict[str, Any]:
         """What it was asked for, by name: what the processes of one run must be asked for alike."""
         told = {"run-dir": str(self.run_dir), "start-anew": self.start_anew, "dry-run": self.dry_run}
+        told["replay"] = self.replay
         fields = {option.flag: value_of(self.config, option) for option in options(self.config.model.name)}
         return told | {flag.lstrip("-"): value for flag, value in fields.items()} | versions()
 
@@ -140,6 +146,8 @@ def parse_train(argv: list[str] | None = None) -> TrainCommand:
         if len(files) > 1:
             raise ConfigError(f"there can be one CONFIG, got {' and '.join(files)}", source=SOURCE)
         file = files[0] if files else ""
+        if (replay := _replay(given, file)) is not None:
+            given["--run-dir"], file = [file], str(Path(file, "config.json"))
         values = read_mapping(file) if files else {}
         known = options(model_name(values, given, file))
         if "--help" in given:
@@ -162,8 +170,19 @@ def parse_train(argv: list[str] | None = None) -> TrainCommand:
             start_anew=flags["--start-anew"],
             target=target,
             time_limit=limit,
+            replay=replay,
             start=start,
         )
+
+
+def _replay(given: dict[str, list[str]], folder: str) -> int | None:
+    """The step to be taken again, out of the options that were given."""
+    words = given.pop("--replay", None)
+    if words is None:
+        return None
+    if not folder or "--run-dir" in given:
+        raise ConfigError("--replay is for the folder of a run alone, as in RUN --replay STEP", source=SOURCE)
+    return checked(scalar(" ".join(words)), Annotated[int, Field(ge=1)], ("--replay",))
 
 
 def _target(given: dict[str, list[str]], *, dry_run: bool) -> tuple[Target | None, float]:

@@ -57,6 +57,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.weights = path / "weights"
         self.tokenizer = path / self.TOKENIZER
+        self.replay = path / "replay"
         self.cache = path / "cache"  # what can be made again: a trained tokenizer
 
     def open(self, config: Config) -> list[str]:
@@ -127,9 +128,16 @@ class RunFolder:
 
     @by_first
     def log(self, record: dict[str, Any]) -> None:
-        """Append one line to `metrics.jsonl`."""
+        """Append one line to `metrics.jsonl`. JSON has no word for a number that is not finite: it is null there, and
+        `not_finite` says which it was."""
+        odd = {key: str(x) for key, x in record.items() if isinstance(x, float) and not math.isfinite(x)}
+        told = record | dict.fromkeys(odd) | ({"not_finite": odd} if odd else {})
         with self.metrics.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(told, allow_nan=False) + "\n")
+
+    def batch(self, step: int) -> Path:
+        """The file of a batch that is kept, of a step that was not finite."""
+        return self.replay / f"step-{step:07d}.npz"
 
     def sample(self, step: int, ending: str) -> Path:
         """The file of the sample made at a step."""
@@ -146,7 +154,9 @@ class RunFolder:
         axes = figure.subplots()
         records = [record for record in self.read_metrics() if record.get("loss") is not None]
         score = score_of(records[-1]) if records else Score("loss", 1.0, "loss")
-        values = [(r["split"], r["step"], r[score.field] * score.scale) for r in records if score.field in r]
+        values = [
+            (r["split"], r["step"], r[score.field] * score.scale) for r in records if r.get(score.field) is not None
+        ]
         for split, style in (("train", {"alpha": 0.6, "lw": 1}), ("validation", {"marker": "o", "ms": 3})):
             points = [(step, value) for of, step, value in values if of == split]
             if points:
