@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from artifex.data import DataError
 from artifex.scaling import processes
 from artifex.scaling.manifest import CheckpointError
+from artifex.training.run_lock import InUse
 from artifex.training.signals import ending_at_once
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from artifex.scaling.plan import Plan
     from artifex.training.loop import Run
     from artifex.training.meter import Meter
+    from artifex.training.run_folder import RunFolder
+    from artifex.training.run_lock import RunLock
     from artifex.training.state import Blueprint, TrainState
     from artifex.training.task import Task
 
@@ -60,32 +63,61 @@ def main(argv: list[str] | None = None) -> None:
                 return
             try:
                 with user_errors():
-                    how = {"start_anew": command.start_anew, "replay": command.replay}
+                    how = {"start_anew": command.start_anew, "take_over": command.take_over, "replay": command.replay}
                     run = open_run(command.config, command.run_dir, **how)
                     run_step = prepare(run)
                 run_steps(run, run_step, replay=command.replay)
+            except InUse as error:
+                fail(str(error))
             except (FloatingPointError, CheckpointError, DataError, MemoryError) as error:
                 fail(str(error), code=1)
 
 
-def train(config: Config, run_dir: str | Path, *, start_anew: bool = False) -> Path:
+def train(config: Config, run_dir: str | Path, *, start_anew: bool = False, take_over: bool = False) -> Path:
     """Train as `config` says into the folder `run_dir`, or go on from its newest checkpoint. Returns the folder.
 
-    `start_anew` begins at step 0 whatever the folder has: its checkpoints are renamed and stay. A start that fails
+    `start_anew` begins at step 0 whatever the folder has: its checkpoints are renamed and stay. `take_over` takes it
+    from a process of another host, which cannot be seen from here to have ended. A start that fails
     leaves the folder as it was. Raises `ValueError` for a configuration, mesh, data or folder that do not fit, and
     `MemoryError` for a step that needs more than a device has; `CheckpointError` where checkpoints are damaged and none
     is left, or where nothing can be saved; `DataError` where an example turns out to be bad when it is drawn;
     `FloatingPointError` at a loss, gradient or state that is not finite, where the step is not skipped (the last good
     checkpoint stays); and `Stopped`, a `SystemExit`, where a signal ended the run after it was saved.
     """
-    run = open_run(config, run_dir, start_anew=start_anew)
+    run = open_run(config, run_dir, start_anew=start_anew, take_over=take_over)
     return run_steps(run, prepare(run))
 
 
-def open_run(config: Config, run_dir: str | Path, *, start_anew: bool = False, replay: int | None = None) -> Run:
+def open_run(
+    config: Config,
+    run_dir: str | Path,
+    *,
+    start_anew: bool = False,
+    take_over: bool = False,
+    replay: int | None = None,
+) -> Run:
     """Everything before the step is compiled, in the order in which mistakes are cheap. Writes nothing to the folder
-    but what can be made again, to `cache/`: a tokenizer it had to train, latents. With `replay` the run stands where it
-    can take that step again."""
+    but what can be made again, to `cache/`: a tokenizer it had to train, latents. The folder is this run's alone from
+    here on, or from the first step where it is not there yet. With `replay` the run stands before that step."""
+    from artifex.training.loop import take
+    from artifex.training.run_folder import RunFolder
+    from artifex.training.run_lock import RunLock
+
+    folder = RunFolder(run_dir)
+    lock, lines = RunLock(folder.path), []
+    if folder.path.is_dir() and replay is None:
+        take(lock, folder, take_over, lines.append)
+    try:
+        return _opened(config, folder, lock, lines, start_anew, replay)
+    except BaseException:
+        lock.leave()
+        raise
+
+
+def _opened(
+    config: Config, folder: RunFolder, lock: RunLock, lines: list[str], start_anew: bool, replay: int | None
+) -> Run:
+    """`open_run` once the folder is this run's."""
     import jax
 
     from artifex.scaling.checkpoints import Checkpoints
@@ -95,7 +127,6 @@ def open_run(config: Config, run_dir: str | Path, *, start_anew: bool = False, r
     from artifex.training.memory import check_state, device_bytes, explained
     from artifex.training.planning import partitioned
     from artifex.training.progress import Report
-    from artifex.training.run_folder import RunFolder
     from artifex.training.spill import check as check_spill
     from artifex.training.start import check as check_start
     from artifex.training.state import blueprint
@@ -108,7 +139,6 @@ def open_run(config: Config, run_dir: str | Path, *, start_anew: bool = False, r
     plan.execution(mesh)  # refuses what its devices cannot do
     check_spill(config.training.spill_threshold_mb, mesh)
     # what is in the folder, and whether this run is the one in it
-    folder = RunFolder(run_dir)
     config = as_known(config, folder.config)
     changes = folder.open(config)
     # the weights it begins with and what stays frozen, by name and shape
@@ -128,12 +158,18 @@ def open_run(config: Config, run_dir: str | Path, *, start_anew: bool = False, r
     # how latents are scaled is part of what is trained: measured once, and kept with the configuration
     known = processes.first_says(folder.config.exists())
     blue, latents = (blue, []) if known else settle(blue, state, task.corpus)
-    notes = [*task.corpus.changes, *(f"changed since it was saved: {change}" for change in changes), *latents, *notes]
+    notes = [
+        *lines,
+        *task.corpus.changes,
+        *(f"changed since it was saved: {change}" for change in changes),
+        *latents,
+        *notes,
+    ]
     report = Report(start, config.training.steps, bar=config.logging.progress, quiet=not processes.is_first())
     if config.data.cache_latents:
         with report.busy("encoding every image"):
             task = with_latents(task, blue, state, folder)
-    return Run(blue, task, folder, checkpoints, state, start, notes, report)
+    return Run(blue, task, folder, checkpoints, state, start, notes, report, lock)
 
 
 def plan_of(config: Config, device_count: int) -> Plan:
@@ -220,7 +256,7 @@ def run_steps(run: Run, run_step: Callable[[TrainState, Any], Any] | None, *, re
         return run.folder.path
     steps, finished = run.config.training.steps, processes.first_says(run.folder.is_finished())
     meter = Meter(run.blue, run.task, run.folder, run.report)
-    with run.checkpoints, run.report, explained("out of memory; what is saved stays"):
+    with run.lock, run.checkpoints, run.report, explained("out of memory; what is saved stays"):
         if run_step is not None:
             finish(run, fit(run, run_step, meter), meter)
         elif run.start == steps and not finished:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from artifex.training.meter import Meter
     from artifex.training.progress import Report
     from artifex.training.run_folder import RunFolder
+    from artifex.training.run_lock import RunLock
     from artifex.training.state import Blueprint, TrainState
     from artifex.training.task import Task
 
@@ -36,6 +37,7 @@ class Run:
     start: int  # steps done
     notes: list[str]  # what the user should know about how it was opened
     report: Report
+    lock: RunLock
 
     @property
     def config(self) -> Config:
@@ -96,9 +98,19 @@ def ended_by(seen: list[str], step: int, every: int) -> str | None:
     return next((name for name in processes.all_say(seen[0] if seen else None) if name), None)
 
 
+@processes.by_first
+def take(lock: RunLock, folder: RunFolder, over: bool = False, says: Callable[[str], None] | None = None) -> None:
+    """Have the folder, made where it is not there, for this run alone."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    line = lock.take(over=over)
+    if line and says:
+        says(line)
+
+
 def begin_folder(run: Run, metrics: Any) -> None:
     """Make the folder that of this run, once its first step is computed: until then a start can fail."""
     jax.block_until_ready(metrics)
+    take(run.lock, run.folder)
     run.checkpoints.set_aside(run.start + 1)
     run.folder.begin(run.config, run.start)
     run.task.save_beside(run.folder.path)

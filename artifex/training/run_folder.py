@@ -16,6 +16,7 @@ from artifex.config import Config
 from artifex.models.weights import holds_weights
 from artifex.scaling.manifest import CheckpointError
 from artifex.scaling.processes import all_say, by_first
+from artifex.training.run_lock import NAME as LOCK
 from artifex.training.task import Metrics, Score
 
 SEEN = 60  # seconds in which a file that one process wrote appears to another; NFS may remember that it was not there
@@ -67,7 +68,7 @@ class RunFolder:
         """
         if self.config.exists():
             return self._compare(Config.from_file(self.config).to_dict(), config.to_dict())
-        if self.path.exists() and {entry.name for entry in self.path.iterdir()} - {self.cache.name}:
+        if self.path.exists() and {entry.name for entry in self.path.iterdir()} - {self.cache.name, LOCK}:
             raise ValueError(f"{self.path} is not empty and holds no run (no config.json); choose another --run-dir")
         return []
 

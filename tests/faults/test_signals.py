@@ -1,26 +1,15 @@
 """One signal saves the step and leaves; two leave at once: in real processes, wherever they stand."""
 
-import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from runs import environment, write_source
 
 from artifex.scaling.checkpoints import Checkpoints
 
-ROOT = Path(__file__).parents[2]
-SECTIONS = {
-    "model": {"name": "llama-nano", "embed_dim": 16, "num_layers": 1, "num_heads": 2, "head_dim": 8, "mlp_dim": 16},
-    "data": {"source": "source", "sequence_length": 32},
-    "training": {"steps": 40, "batch_size": 8, "validate_every": 0, "validation_batches": 1, "sample_tokens": 0},
-    "optimizer": {"name": "adamw", "warmup_steps": 1},
-    "checkpoint": {"every": 10},
-    "logging": {"every": 10, "progress": False},
-}
 # `artifex.train` where a save or the first validation lasts: what is waited for says "here"
 LASTING = """
 import sys, time
@@ -55,21 +44,14 @@ train.main()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "source").mkdir()
-    for index in range(4):
-        (folder / "source" / f"{index}.txt").write_text("It was a quiet day, and the boats lay still.\n" * 60)
-    (folder / "c.json").write_text(json.dumps(SECTIONS))
-    return folder
+    return write_source(tmp_path_factory.mktemp("run"))
 
 
 def started(folder, where, *words):
-    settings = {"JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONUNBUFFERED": "1"}
     program = ["-c", LASTING, where] if where else ["-m", "artifex.train"]
-    command = [sys.executable, *program, "c.json", *words]
-    environment = os.environ | settings | {"PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
+    whole = [sys.executable, *program, "c.json", *words]
+    return subprocess.Popen(whole, cwd=folder, env=environment(), text=True, **pipes)
 
 
 def until(process, words):
