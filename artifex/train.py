@@ -139,8 +139,9 @@ def _opened(
     plan.execution(mesh)  # refuses what its devices cannot do
     check_spill(config.training.spill_threshold_mb, mesh)
     # what is in the folder, and whether this run is the one in it
-    config = as_known(config, folder.config)
-    changes = folder.open(config)
+    saved = folder.saved(start_anew=start_anew)
+    config = as_known(config, saved)
+    changes = folder.open(config, saved, start_anew=start_anew)
     # the weights it begins with and what stays frozen, by name and shape
     if start_anew or not folder.checkpoints.is_dir():
         check_start(config)
@@ -156,16 +157,17 @@ def _opened(
     with explained("out of memory while the state was made or restored"):
         state, start, notes = begin(blue, checkpoints, task, start_anew, replay)
     # how latents are scaled is part of what is trained: measured once, and kept with the configuration
-    known = processes.first_says(folder.config.exists())
+    known = processes.first_says(saved is not None)
     blue, latents = (blue, []) if known else settle(blue, state, task.corpus)
     notes = [
         *lines,
         *task.corpus.changes,
-        *(f"changed since it was saved: {change}" for change in changes),
+        *changes,
         *latents,
         *notes,
     ]
     report = Report(start, config.training.steps, bar=config.logging.progress, quiet=not processes.is_first())
+    folder.say = report.line
     if config.data.cache_latents:
         with report.busy("encoding every image"):
             task = with_latents(task, blue, state, folder)
