@@ -10,7 +10,6 @@ import contextlib
 import copy
 import dataclasses
 import importlib.metadata
-import inspect
 import math
 import os
 import platform
@@ -22,13 +21,15 @@ import types
 import typing
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
+
+from pydantic import Field
 
 import artifex
-from artifex import models
+from artifex.cli_options import Option, fields_of, kind_of, members_of, options, text_of, value_of
 from artifex.config import Config, sections
 from artifex.config_io import ConfigError, nearest, one_line, read_mapping, scalar
-from artifex.config_model import ModelConfig, field_types
+from artifex.config_model import ModelConfig
 from artifex.config_section import checked
 from artifex.scaling.processes import Start
 from artifex.scaling.targets import Target
@@ -44,10 +45,13 @@ FLAGS = {
     "--print-config": "print the resolved configuration, which can be given as CONFIG, and stop",
     "--dry-run": "print parameter count, shardings and memory per device, and stop",
     "--start-anew": "begin at step 0 where the run folder has checkpoints; they are renamed and stay",
+    "--take-over": "train in a folder that a process of another host holds, which has ended; of this host it is known",
     "--help": "print this, with the values of CONFIG and the fields of --model.name, and stop",
 }
 TIME_LIMIT = 1_800.0  # seconds: 70B for a thousand chips takes some minutes on two cores
 VALUES = {
+    "--replay STEP": "CONFIG is the folder of a run: take this step again, from the newest checkpoint before it and "
+    "with its batch if that was kept, and say what it makes; nothing is written",
     "--target TARGET": "with --dry-run: a machine that need not be there, tpu:v5e:4x4, gpu:h100:2x8 or cpu:8; the step "
     "is compiled for it and what it would need and send is printed",
     "--time-limit SECONDS": f"with --target: when to give up (default: {TIME_LIMIT:g})",
@@ -64,29 +68,18 @@ class TrainCommand:
     print_config: bool
     dry_run: bool
     start_anew: bool = False
+    take_over: bool = False
     target: Target | None = None
     time_limit: float = TIME_LIMIT
+    replay: int | None = None
     start: Start = dataclasses.field(default_factory=Start)
 
     def asks(self) -> dict[str, Any]:
         """What it was asked for, by name: what the processes of one run must be asked for alike."""
         told = {"run-dir": str(self.run_dir), "start-anew": self.start_anew, "dry-run": self.dry_run}
+        told["replay"] = self.replay
         fields = {option.flag: value_of(self.config, option) for option in options(self.config.model.name)}
         return told | {flag.lstrip("-"): value for flag, value in fields.items()} | versions()
-
-
-@dataclasses.dataclass(frozen=True)
-class Option:
-    """A field of the configuration as an option; `key` is its path, ("training", "steps")."""
-
-    key: tuple[str, ...]
-    annotation: Any
-    help: str
-
-    @property
-    def flag(self) -> str:
-        """What is typed: `--training.batch-size`. Underscores do as well."""
-        return "--" + ".".join(self.key).replace("_", "-")
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -140,6 +133,8 @@ def parse_train(argv: list[str] | None = None) -> TrainCommand:
         if len(files) > 1:
             raise ConfigError(f"there can be one CONFIG, got {' and '.join(files)}", source=SOURCE)
         file = files[0] if files else ""
+        if (replay := _replay(given, file)) is not None:
+            given["--run-dir"], file = [file], str(Path(file, "config.json"))
         values = read_mapping(file) if files else {}
         known = options(model_name(values, given, file))
         if "--help" in given:
@@ -160,10 +155,22 @@ def parse_train(argv: list[str] | None = None) -> TrainCommand:
             print_config=flags["--print-config"],
             dry_run=flags["--dry-run"],
             start_anew=flags["--start-anew"],
+            take_over=flags["--take-over"],
             target=target,
             time_limit=limit,
+            replay=replay,
             start=start,
         )
+
+
+def _replay(given: dict[str, list[str]], folder: str) -> int | None:
+    """The step to be taken again, out of the options that were given."""
+    words = given.pop("--replay", None)
+    if words is None:
+        return None
+    if not folder or "--run-dir" in given:
+        raise ConfigError("--replay is for the folder of a run alone, as in RUN --replay STEP", source=SOURCE)
+    return checked(scalar(" ".join(words)), Annotated[int, Field(ge=1)], ("--replay",))
 
 
 def _target(given: dict[str, list[str]], *, dry_run: bool) -> tuple[Target | None, float]:
@@ -192,58 +199,6 @@ def versions() -> dict[str, str]:
     """What computes a run, by name: other versions may compute it otherwise."""
     others = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
     return {"artifex": artifex.__version__, "python": platform.python_version(), **others}
-
-
-def options(model_name: str) -> list[Option]:
-    """Every field of the configuration, with those of the family that preset `model_name` belongs to."""
-    description = Config.model_fields["description"]
-    found = [Option(("description",), description.annotation, description.description or "")]
-    for key, section in sections().items():
-        for name, field in section.model_fields.items():
-            found.append(Option((key, name), field.annotation, field.description or ""))
-        if section is ModelConfig:
-            found += fields_of(models.PRESETS[model_name], (key,))
-    return found
-
-
-def fields_of(base: Any, key: tuple[str, ...]) -> list[Option]:
-    """The fields of a frozen configuration, and those of the configurations it holds."""
-    found, comments = [], _comments(type(base))
-    for name, kind in field_types(type(base)).items():
-        if dataclasses.is_dataclass(part := getattr(base, name)):
-            found += fields_of(part, (*key, name))
-        elif kind is not Any:
-            found.append(Option((*key, name), kind, comments.get(name, "")))
-    return found
-
-
-def value_of(config: Config, option: Option) -> Any:
-    """What `config` holds for `option`; for a model's field, the preset's value where it is not replaced."""
-    value: Any = config
-    for part in option.key:
-        value = getattr(value, part)
-    return value
-
-
-def kind_of(annotation: Any) -> str:
-    """The values an option takes: `INT`, `FLOAT|none`, `cosine|linear|constant`."""
-    if typing.get_origin(annotation) is Literal:
-        return "|".join(map(str, typing.get_args(annotation)))
-    if typing.get_origin(annotation) is tuple:
-        return " ".join("..." if part is ... else kind_of(part) for part in typing.get_args(annotation))
-    members = _members(annotation)
-    if len(members) > 1:
-        return "|".join(kind_of(member) for member in members)
-    return {str: "TEXT", int: "INT", float: "FLOAT", bool: "true|false", types.NoneType: "none"}[members[0]]
-
-
-def text_of(value: Any) -> str:
-    """A value as it would be typed."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return " ".join(text_of(part) for part in value)
-    return repr(value) if isinstance(value, str) and (not value or " " in value) else str(value)
 
 
 def format_help(config: Config, known: list[Option]) -> str:
@@ -277,11 +232,6 @@ def _entry(head: str, text: str, width: int, column: int = 42) -> list[str]:
     if len(head) + 4 > column:
         return [f"  {head}", *(" " * column + line for line in wrapped)]
     return [f"  {head:<{column - 2}}{wrapped[0]}", *(" " * column + line for line in wrapped[1:])]
-
-
-def _comments(family: type) -> dict[str, str]:
-    """Field -> the comment beside it: a family's fields are described where they are declared."""
-    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(family), re.MULTILINE))
 
 
 def split(argv: list[str], flags: Collection[str] = tuple(FLAGS)) -> tuple[list[str], dict[str, list[str]]]:
@@ -354,7 +304,7 @@ def resolve(values: Mapping[str, Any], given: Mapping[str, list[str]], known: li
 
 def value_typed(option: Option, words: list[str]) -> Any:
     """The typed words as a value of the option's kind, or as near to one as they are: the section checks it."""
-    members = _members(option.annotation)
+    members = members_of(option.annotation)
     if types.NoneType in members and words in (["none"], ["null"]):
         return None
     if any(typing.get_origin(member) is tuple for member in members):
@@ -364,16 +314,6 @@ def value_typed(option: Option, words: list[str]) -> Any:
         raise ConfigError(f"takes one value, got {' '.join(words)}", option.key, SOURCE)
     # an empty word is what an unset shell variable leaves behind, and not null
     return words[0] if str in members or not words[0] else scalar(words[0])
-
-
-def _members(annotation: Any) -> list[Any]:
-    """The alternatives of a union, without the constraints that `Annotated` hangs on them."""
-    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Annotated:
-        return _members(inner[0])
-    if origin in (typing.Union, types.UnionType):
-        return [member for part in inner for member in _members(part)]
-    return [annotation]
 
 
 START = {option.flag: option for option in fields_of(Start(), ("device",))}

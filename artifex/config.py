@@ -141,6 +141,13 @@ class TrainingConfig(Section):
     ema_decay: float | None = Field(
         default=None, gt=0, lt=1, description="of a running mean of parameters and codebooks, 0 to 1; none is off"
     )
+    not_finite: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="at a loss or gradient that is not finite: end the run, or leave the step out, say so and count it",
+    )
+    skips_in_a_row: Int = Field(
+        default=5, ge=1, description="steps in a row that are skipped so; one more ends the run; at least 1"
+    )
     validate_every: Int = Field(
         default=200, ge=0, description="steps from one validation to the next; 0 validates at the end alone"
     )

@@ -6,17 +6,16 @@ start, and `--help`, `--print-config` and configuration errors come without JAX.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from artifex.data import DataError
 from artifex.scaling import processes
 from artifex.scaling.manifest import CheckpointError
-from artifex.training.signals import Stopped, ending_at_once, stop_signals
+from artifex.training.run_lock import InUse
+from artifex.training.signals import ending_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,9 +23,10 @@ if TYPE_CHECKING:
     from artifex.config import Config
     from artifex.scaling.checkpoints import Checkpoints
     from artifex.scaling.plan import Plan
+    from artifex.training.loop import Run
     from artifex.training.meter import Meter
-    from artifex.training.progress import Report
     from artifex.training.run_folder import RunFolder
+    from artifex.training.run_lock import RunLock
     from artifex.training.state import Blueprint, TrainState
     from artifex.training.task import Task
 
@@ -63,58 +63,70 @@ def main(argv: list[str] | None = None) -> None:
                 return
             try:
                 with user_errors():
-                    run = open_run(command.config, command.run_dir, start_anew=command.start_anew)
+                    how = {"start_anew": command.start_anew, "take_over": command.take_over, "replay": command.replay}
+                    run = open_run(command.config, command.run_dir, **how)
                     run_step = prepare(run)
-                run_steps(run, run_step)
+                run_steps(run, run_step, replay=command.replay)
+            except InUse as error:
+                fail(str(error))
             except (FloatingPointError, CheckpointError, DataError, MemoryError) as error:
                 fail(str(error), code=1)
 
 
-def train(config: Config, run_dir: str | Path, *, start_anew: bool = False) -> Path:
+def train(config: Config, run_dir: str | Path, *, start_anew: bool = False, take_over: bool = False) -> Path:
     """Train as `config` says into the folder `run_dir`, or go on from its newest checkpoint. Returns the folder.
 
-    `start_anew` begins at step 0 whatever the folder has: its checkpoints are renamed and stay. A start that fails
+    `start_anew` begins at step 0 whatever the folder has: its checkpoints are renamed and stay. `take_over` takes it
+    from a process of another host, which cannot be seen from here to have ended. A start that fails
     leaves the folder as it was. Raises `ValueError` for a configuration, mesh, data or folder that do not fit, and
-    `MemoryError` for a step that needs more than a device has; `CheckpointError` where checkpoints are damaged or gone
-    and none is left, or where nothing can be saved; `DataError` where an example turns out to be bad when it is drawn;
-    `FloatingPointError` at the first loss or gradient that is not finite (the last good checkpoint stays); and
-    `Stopped`, a `SystemExit`, where a signal ended the run after it was saved.
+    `MemoryError` for a step that needs more than a device has; `CheckpointError` where checkpoints are damaged or
+    gone and none is left, or where nothing can be saved; `DataError` where an example turns out to be bad when it is
+    drawn; `FloatingPointError` at a loss, gradient or state that is not finite, where the step is not skipped (the
+    last good checkpoint stays); and `Stopped`, a `SystemExit`, where a signal ended the run after it was saved.
     """
-    run = open_run(config, run_dir, start_anew=start_anew)
+    run = open_run(config, run_dir, start_anew=start_anew, take_over=take_over)
     return run_steps(run, prepare(run))
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A run that was opened: everything it is made of, and where it stands."""
-
-    blue: Blueprint
-    task: Task
-    folder: RunFolder
-    checkpoints: Checkpoints
-    state: TrainState
-    start: int  # steps done
-    notes: list[str]  # what the user should know about how it was opened
-    report: Report
-
-    @property
-    def config(self) -> Config:
-        """The resolved configuration."""
-        return self.blue.config
-
-
-def open_run(config: Config, run_dir: str | Path, *, start_anew: bool = False) -> Run:
+def open_run(
+    config: Config,
+    run_dir: str | Path,
+    *,
+    start_anew: bool = False,
+    take_over: bool = False,
+    replay: int | None = None,
+) -> Run:
     """Everything before the step is compiled, in the order in which mistakes are cheap. Writes nothing to the folder
-    but what can be made again, to `cache/`: a tokenizer it had to train, latents."""
+    but what can be made again, to `cache/`: a tokenizer it had to train, latents. The folder is this run's alone from
+    here on, or from the first step where it is not there yet. With `replay` the run stands before that step."""
+    from artifex.training.loop import take
+    from artifex.training.run_folder import RunFolder
+    from artifex.training.run_lock import RunLock
+
+    folder = RunFolder(run_dir)
+    lock, lines = RunLock(folder.path), []
+    if folder.path.is_dir() and replay is None:
+        take(lock, folder, take_over, lines.append)
+    try:
+        return _opened(config, folder, lock, lines, start_anew, replay)
+    except BaseException:
+        lock.leave()
+        raise
+
+
+def _opened(
+    config: Config, folder: RunFolder, lock: RunLock, lines: list[str], start_anew: bool, replay: int | None
+) -> Run:
+    """`open_run` once the folder is this run's."""
     import jax
 
     from artifex.scaling.checkpoints import Checkpoints
     from artifex.training.latent_cache import with_latents
     from artifex.training.latents import as_known, settle
+    from artifex.training.loop import Run
     from artifex.training.memory import check_state, device_bytes, explained
     from artifex.training.planning import partitioned
     from artifex.training.progress import Report
-    from artifex.training.run_folder import RunFolder
     from artifex.training.spill import check as check_spill
     from artifex.training.start import check as check_start
     from artifex.training.state import blueprint
@@ -127,9 +139,9 @@ def open_run(config: Config, run_dir: str | Path, *, start_anew: bool = False) -
     plan.execution(mesh)  # refuses what its devices cannot do
     check_spill(config.training.spill_threshold_mb, mesh)
     # what is in the folder, and whether this run is the one in it
-    folder = RunFolder(run_dir)
-    config = as_known(config, folder.config)
-    changes = folder.open(config)
+    saved = folder.saved(start_anew=start_anew)
+    config = as_known(config, saved)
+    changes = folder.open(config, saved, start_anew=start_anew)
     # the weights it begins with and what stays frozen, by name and shape
     if start_anew or not folder.holds_steps():
         check_start(config)
@@ -143,16 +155,23 @@ def open_run(config: Config, run_dir: str | Path, *, start_anew: bool = False) -
     # sharded init or restore
     checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep)
     with explained("out of memory while the state was made or restored"):
-        state, start, notes = begin(blue, checkpoints, task, start_anew)
+        state, start, notes = begin(blue, checkpoints, task, start_anew, replay)
     # how latents are scaled is part of what is trained: measured once, and kept with the configuration
-    known = processes.first_says(folder.config.exists())
+    known = processes.first_says(saved is not None)
     blue, latents = (blue, []) if known else settle(blue, state, task.corpus)
-    notes = [*task.corpus.changes, *(f"changed since it was saved: {change}" for change in changes), *latents, *notes]
+    notes = [
+        *lines,
+        *task.corpus.changes,
+        *changes,
+        *latents,
+        *notes,
+    ]
     report = Report(start, config.training.steps, bar=config.logging.progress, quiet=not processes.is_first())
+    folder.say = report.line
     if config.data.cache_latents:
         with report.busy("encoding every image"):
             task = with_latents(task, blue, state, folder)
-    return Run(blue, task, folder, checkpoints, state, start, notes, report)
+    return Run(blue, task, folder, checkpoints, state, start, notes, report, lock)
 
 
 def plan_of(config: Config, device_count: int) -> Plan:
@@ -164,8 +183,11 @@ def plan_of(config: Config, device_count: int) -> Plan:
         return planned(config, device_count)
 
 
-def begin(blue: Blueprint, checkpoints: Checkpoints, task: Task, start_anew: bool) -> tuple[TrainState, int, list[str]]:
-    """The state to start from, the step it stands at, and what to tell the user about it."""
+def begin(
+    blue: Blueprint, checkpoints: Checkpoints, task: Task, start_anew: bool, replay: int | None = None
+) -> tuple[TrainState, int, list[str]]:
+    """The state to start from, the step it stands at, and what to tell the user about it: that of the newest step, or
+    of the newest before `replay`."""
     from artifex.training.lost_steps import check_nothing_lost
     from artifex.training.start import start_state
 
@@ -173,7 +195,10 @@ def begin(blue: Blueprint, checkpoints: Checkpoints, task: Task, start_anew: boo
     if start_anew:
         state, lines = start_state(blue)
         return state, 0, ["starts anew, as asked: checkpoints that are there are renamed", *lines]
-    step, skipped = checkpoints.newest_restorable()
+    if replay is None:
+        step, skipped = checkpoints.newest_restorable()
+    else:
+        step, skipped = max((known for known in checkpoints.steps() if known < replay), default=None), []
     if step is None:
         check_nothing_lost(checkpoints.folder.parent, skipped)
         state, lines = start_state(blue)
@@ -211,21 +236,31 @@ def prepare(run: Run) -> Callable[[TrainState, Any], Any] | None:
     return run_step
 
 
-def run_steps(run: Run, run_step: Callable[[TrainState, Any], Any] | None) -> Path:
+def run_steps(run: Run, run_step: Callable[[TrainState, Any], Any] | None, *, replay: int | None = None) -> Path:
     """Train an opened run to its last step; then make whatever a finished run has: weights, scores, the curve.
 
-    Where a run stands at its last step already, what is missing of these is made. Raises `Stopped` after a signal.
+    Where a run stands at its last step already, what is missing of these is made. Raises `Stopped` after a signal. With
+    `replay` nothing is trained and nothing written: see `artifex.training.replay`.
     """
+    from artifex.training.finite import check as check_finite
+    from artifex.training.loop import fit
     from artifex.training.memory import explained
     from artifex.training.meter import Meter
+    from artifex.training.replay import replay as take_again
 
+    if replay is not None:
+        with run.checkpoints, run.report, explained("out of memory"):
+            assert run_step is not None, "no run opened so stands at its end"
+            take_again(run, run_step, replay)
+        return run.folder.path
     steps, finished = run.config.training.steps, processes.first_says(run.folder.is_finished())
-    meter = Meter(run.config, run.task, run.folder, run.report)
-    with run.checkpoints, run.report, explained("out of memory; what is saved stays"):
+    meter = Meter(run.blue, run.task, run.folder, run.report)
+    with run.lock, run.checkpoints, run.report, explained("out of memory; what is saved stays"):
         if run_step is not None:
             finish(run, fit(run, run_step, meter), meter)
         elif run.start == steps and not finished:
             run.report.line(f"all {steps} steps are done; makes what is missing")
+            check_finite(run.blue, run.state)
             run.folder.keep_metrics_up_to(steps)
             finish(run, run.state, meter)
         else:
@@ -234,102 +269,13 @@ def run_steps(run: Run, run_step: Callable[[TrainState, Any], Any] | None) -> Pa
     return run.folder.path
 
 
-def fit(run: Run, run_step: Callable[[TrainState, Any], Any], meter: Meter) -> TrainState:
-    """The (data, step) loop. Returns the last state; raises `Stopped` where a signal ended the loop before it."""
-    config, blue, task = run.config, run.blue, run.task
-    cfg, every = config.training, config.checkpoint.every
-    batches = task.batches(run.start, blue.part)
-    validate, state, step, saved = make_validate(run), run.state, run.start, run.start
-    stop = None  # the signal that ends the run
-    with stop_signals() as seen:
-        # what the weights are worth before they are trained on
-        before = validate(state, final=True) if step == 0 and cfg.start_from is not None else None
-        while step < cfg.steps and not (saved == step and (stop := ended_by(seen, step, config.logging.every))):
-            asked = time.perf_counter()
-            batch = blue.placed(next(batches))
-            meter.waited(time.perf_counter() - asked)
-            state, metrics = run_step(state, batch)
-            step += 1
-            if step == run.start + 1:
-                begin_folder(run, metrics)
-                if before is not None:
-                    meter.validated(0, *before)
-            stop = ended_by(seen, step, config.logging.every)
-            # one step late: while Python reads the last step's metrics the device is busy with this one
-            meter.read_late(step, metrics)
-            if step < cfg.steps and cfg.validate_every and step % cfg.validate_every == 0:
-                with meter.aside():
-                    meter.validated(step, *validate(state, final=False))
-            if step == cfg.steps or stop or (every and step % every == 0):
-                with meter.aside():  # reads this step's metrics first: what is not finite is never saved
-                    run.checkpoints.save(
-                        step,
-                        state,
-                        {**blue.metadata(), "data": {"fingerprint": task.corpus.fingerprint, "batches": step}},
-                    )
-                    saved = step
-                    if step < cfg.steps and not stop:
-                        blue.run(state, task.look, run.folder, step)
-        batches.close()
-        run.checkpoints.wait()
-    if stop:
-        where = f"at step {step}, which is saved" if step > run.start else "before the first step"
-        run.report.line(f"stopped by {stop} {where}; the same command goes on")
-        raise Stopped(stop)
-    return state
-
-
-def ended_by(seen: list[str], step: int, every: int) -> str | None:
-    """The signal by which the run ends at this step: of one process what it has `seen`; of several what any of them
-    has, which they ask each other every so many steps."""
-    if processes.count() > 1 and step % every:
-        return None
-    return next((name for name in processes.all_say(seen[0] if seen else None) if name), None)
-
-
-def begin_folder(run: Run, metrics: Any) -> None:
-    """Make the folder that of this run, once its first step is computed: until then a start can fail."""
-    import jax
-
-    from artifex.training.run_folder import check_seen
-
-    jax.block_until_ready(metrics)
-    run.checkpoints.set_aside(run.start + 1)
-    run.folder.begin(run.config, run.start)
-    run.task.save_beside(run.folder.path)
-    check_seen(run.folder.config)
-
-
-def make_validate(run: Run) -> Callable[..., tuple[dict[str, float], float]]:
-    """`validate(state, final=) -> (mean of each metric, what they are means over)`, over the same batches each time.
-
-    The final one reads all that is held out, where `training.final_validation_batches` sets no limit.
-    """
-    import jax
-
-    from artifex.training.step import make_evaluate
-
-    evaluate, cfg = make_evaluate(run.blue), run.config.training
-
-    def validate(state: TrainState, *, final: bool) -> tuple[dict[str, float], float]:
-        totals: dict[str, float] = {}
-        count = cfg.final_validation_batches if final else cfg.validation_batches
-        for index, batch in enumerate(run.task.validation(count, run.blue.part)):
-            # read at once: simulated devices share a pool of threads, and batches sent ahead can leave it without one
-            for name, value in jax.device_get(evaluate(state, run.blue.placed(batch), index)).items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-        weight = totals.pop("weight")
-        return {name: total / weight for name, total in totals.items()}, weight
-
-    return validate
-
-
 def finish(run: Run, state: TrainState, meter: Meter) -> None:
     """Of the last step what is not there yet: weights alone, validation, the last samples and their score, the curve.
 
     All of it can be made again from the checkpoint and appears whole, so that a signal may end it anywhere.
     """
     from artifex.models.weights import save_pretrained
+    from artifex.training.loop import make_validate
 
     config, folder, report, task = run.config, run.folder, run.report, run.task
     step = config.training.steps

@@ -18,6 +18,7 @@ from artifex.data.text import load_text
 from artifex.data.tokenizers import ByteTokenizer, save_tokenizer
 from artifex.models import weights
 from artifex.scaling.checkpoints import Checkpoints
+from artifex.training import loop
 from artifex.training.state import blueprint
 
 TEXT = "\n".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(400))
@@ -319,7 +320,7 @@ def test_validation_of_masked_diffusion_is_an_estimate_at_any_batch_shape(source
     training = {"batch_size": rows, "validation_batches": 50}
     sections = settings(source, data={"sequence_length": length}, training=training)
     run = train.open_run(Config.from_dict(sections | {"model": {"name": "masked-nano", "decoder": decoder}}), tmp_path)
-    found, weight = train.make_validate(run)(run.state, final=True)
+    found, weight = loop.make_validate(run)(run.state, final=True)
     batches = list(run.task.validation(None))
     assert 0 < batches[-1]["mask"][:, 0].sum() < rows, "the last batch is partly filled"
     stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}

@@ -25,6 +25,7 @@ from artifex.scaling.roll_call import address, on_loopback, roll_call
 LONG = 24 * 3600  # seconds; a process that died is found by its missing heartbeats long before
 GRACE = 2.0  # seconds that a process has to end by an error of its own before that of another ends it
 _FAILED = "artifex/failed"
+before_exit: list[Callable[[], None]] = []  # what is done before a process ends without Python's own end
 Given = ParamSpec("Given")
 _leaving = threading.Event()
 _words = itertools.count()  # alike in all processes, for all ask the same in the same order
@@ -287,6 +288,8 @@ def _exit(code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         compiler_log.pass_on()
+    for last in [*before_exit]:
+        last()
     os._exit(code)
 
 

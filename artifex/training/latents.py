@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -40,13 +39,13 @@ class Moments:
     images: int
 
 
-def as_known(config: Config, file: str | Path) -> Config:
-    """`config` with shift and scale where it leaves them to be measured and they are known already: to the run that
-    `file` describes, or to weights that the run starts from, of a network over the latents of the same autoencoder."""
+def as_known(config: Config, saved: Config | None) -> Config:
+    """`config` with shift and scale where it leaves them to be measured and they are known already: to the run that is
+    `saved`, or to weights that the run starts from, of a network over the latents of the same autoencoder."""
     wanted = getattr(config.model.spec(), "autoencoder", None)
     unknown = [name for name in FIELDS if wanted is not None and getattr(wanted, name) is None]
-    if Path(file).exists():
-        known = getattr(Config.from_file(file).model.spec(), "autoencoder", None)
+    if saved is not None:
+        known = getattr(saved.model.spec(), "autoencoder", None)
     elif unknown and config.training.start_from is not None:
         known = getattr(open_source(config.training.start_from).spec, "autoencoder", None)
     else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from artifex.config import Config
 from artifex.scaling import processes
 from artifex.scaling.manifest import CheckpointError
 from artifex.training.run_folder import RunFolder
@@ -28,14 +27,14 @@ def check_nothing_lost(path: str | Path, skipped: Sequence[str]) -> None:
 
 def _gone(folder: RunFolder) -> str | None:
     """What shows that steps were saved, in a folder that has none; or None."""
-    if not folder.config.is_file():
+    config = folder.saved()
+    if config is None:
         return None
     last = max((record["step"] for record in folder.read_metrics()), default=0)
     if last and not folder.checkpoints.is_dir():  # made at the first step
         return f"{folder.path} has metrics up to step {last} and no {folder.checkpoints.name}/"
     if folder.is_finished():
         return f"{folder.path} is a finished run and {folder.checkpoints} has no step"
-    config = Config.from_file(folder.config)
     every = config.checkpoint.every or config.training.steps
     # a save returns before it is complete, and the one begun last may have been killed
     begun, unfinished = max(last - 1, 0) // every, len(list(folder.checkpoints.glob("*.saving-*")))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from artifex.config import Config
+from artifex.training import finite
 from artifex.training.progress import Report
+from artifex.training.replay import host, keep_batch
 from artifex.training.run_folder import RunFolder
+from artifex.training.state import Blueprint
 from artifex.training.task import Metrics, Task
 
 
@@ -23,12 +24,15 @@ class Meter:
     compilation nor what runs `aside`: validation, checkpoints, samples.
     """
 
-    def __init__(self, config: Config, task: Task, folder: RunFolder, report: Report):
-        self.config, self.task, self.folder, self.report = config, task, folder, report
+    def __init__(self, blue: Blueprint, task: Task, folder: RunFolder, report: Report):
+        self.blue, self.config, self.task, self.folder, self.report = blue, blue.config, task, folder, report
         self.late: tuple[int, dict[str, jax.Array]] | None = None
         self.began = self.since = time.perf_counter()
         self.data_wait, self.since_line, self.timed_steps = 0.0, [], 0
         self.compiled = False
+        self.in_a_row = 0
+        before = (record for record in folder.read_metrics() if record["step"] <= report.start)
+        self.skipped = sum(record["split"] == "skipped" for record in before)
 
     def waited(self, seconds: float) -> None:
         """Add to the time spent waiting for data."""
@@ -40,28 +44,51 @@ class Meter:
         self.late = (step, metrics)
 
     def flush(self) -> None:
-        """Read what is outstanding. Raises `FloatingPointError` for a loss or gradient that is not finite."""
+        """Read what is outstanding. Raises `FloatingPointError` for a step that is not finite and not skipped."""
         if self.late is None:
             return
         step, arrays = self.late
         self.late = None
-        metrics = {key: float(value) for key, value in jax.device_get(arrays).items()}
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(metrics[name]):
-                self.folder.log({"step": step, "split": "train", "loss": None, "stopped": f"{name} is {metrics[name]}"})
-                raise FloatingPointError(
-                    f"{name} is {metrics[name]} at step {step}: the run stops and its last good checkpoint stays; "
-                    "lower optimizer.learning_rate, set optimizer.clip_norm, or look at the data of this step"
-                )
-        self.since_line.append(metrics)
+        metrics = host(arrays)
+        problem = finite.told(self.blue, step, metrics)
+        if problem is not None:
+            self.refuse(step, metrics, problem)
+        else:
+            self.in_a_row = 0
+            del metrics[finite.METRIC]
+            self.since_line.append(metrics)
         if not self.compiled:  # the first step compiles: it is in no rate
             self.compiled, self.since, self.data_wait = True, time.perf_counter(), 0.0
         else:
             self.timed_steps += 1
-        if step % self.config.logging.every == 0 or step == self.config.training.steps:
-            self.write(step, metrics)
+        if self.since_line and (step % self.config.logging.every == 0 or step == self.config.training.steps):
+            self.write(step, self.since_line[-1])
         else:
             self.report.advance(step, None)
+
+    def refuse(self, step: int, metrics: Metrics, problem: str) -> None:
+        """Keep the batch of a step that is not finite, and count the step as skipped; or raise `FloatingPointError`,
+        where steps are not to be skipped, too many were, or the state itself is not finite."""
+        cfg, kept = self.config.training, ""
+        try:
+            keep_batch(self.task, self.folder, step)
+        except OSError as error:
+            kept = f"; its batch could not be kept: {error}"
+        values = {name: metrics[name] for name in ("loss", "grad_norm")}
+        line = {"step": step, **values, "problem": problem}
+        self.in_a_row += 1
+        if cfg.not_finite == "skip" and not finite.is_finite(metrics) and self.in_a_row <= cfg.skips_in_a_row:
+            self.skipped += 1
+            self.folder.log({**line, "split": "skipped", "skipped": self.skipped})
+            self.report.line(f"skipped, the run's skip number {self.skipped}: {problem}{kept}")
+            return
+        self.folder.log({**line, "split": "train", "stopped": problem})
+        many = f", and {self.in_a_row - 1} before it were skipped" if self.in_a_row > 1 else ""
+        raise FloatingPointError(
+            f"{problem}{many}: the run stops and its last good checkpoint stays{kept}; lower "
+            "optimizer.learning_rate, set optimizer.clip_norm, or look at the data of this step: python -m "
+            f"artifex.train {self.folder.path} --replay {step}"
+        )
 
     def write(self, step: int, last: Metrics) -> None:
         """One line of the `train` split, to the file and beside the bar."""

@@ -5,17 +5,23 @@ Every process may call all of it; the first one writes.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from artifex.config import Config
+from artifex.config_io import ConfigError
+from artifex.data.classes import FILE as CLASSES
 from artifex.models.weights import holds_weights
+from artifex.scaling import manifest
 from artifex.scaling.manifest import CheckpointError
 from artifex.scaling.processes import all_say, by_first
+from artifex.training.metrics_file import MetricsFile, beside
+from artifex.training.run_lock import NAME as LOCK
 from artifex.training.task import Metrics, Score
 
 SEEN = 60  # seconds in which a file that one process wrote appears to another; NFS may remember that it was not there
@@ -52,36 +58,102 @@ class RunFolder:
         self.path = path = Path(path)
         self.config = path / "config.json"
         self.metrics = path / "metrics.jsonl"
-        self.left = path / "metrics.left.jsonl"  # lines of steps that the run went on from before
+        self.lines = MetricsFile(self.metrics)
+        self.say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)  # of what the user should know
+        self.lost = 0  # samples that could not be written
         self.picture = path / "loss.png"
         self.samples = path / "samples"
         self.checkpoints = path / "checkpoints"
         self.weights = path / "weights"
         self.tokenizer = path / self.TOKENIZER
+        self.replay = path / "replay"
         self.cache = path / "cache"  # what can be made again: a trained tokenizer
 
-    def open(self, config: Config) -> list[str]:
-        """Check that the folder is free or holds this run; returns what else differs, a line each. Writes nothing.
-
-        Raises `ValueError` where the folder holds another run, or something else.
-        """
+    def saved(self, *, start_anew: bool = False) -> Config | None:
+        """The configuration of the run that is here, of its newest step where `config.json` is lost; None where none
+        is here. Raises `ConfigError` where `config.json` cannot be read and no step has it, unless `start_anew`."""
+        problem = None
         if self.config.exists():
-            return self._compare(Config.from_file(self.config).to_dict(), config.to_dict())
-        if self.path.exists() and {entry.name for entry in self.path.iterdir()} - {self.cache.name}:
+            try:
+                return Config.from_file(self.config)
+            except ConfigError as error:
+                problem = error
+        steps = sorted(int(path.name) for path in self.checkpoints.glob("[0-9]*") if path.name.isdecimal())
+        for step in reversed(steps):
+            with contextlib.suppress(CheckpointError, ConfigError, OSError, KeyError, TypeError):
+                return Config.from_dict(manifest.read(self.checkpoints / str(step))["metadata"]["config"])
+        if problem is not None and not self._is_new() and not start_anew:
+            raise ConfigError(f"{problem}; put a copy of it back, or give --start-anew, which renames what is there")
+        return None
+
+    def open(self, config: Config, saved: Config | None, *, start_anew: bool = False) -> list[str]:
+        """Check that the folder is free or holds this run, of which it has `saved`; returns what else differs, a line
+        each. Writes nothing.
+
+        Raises `ValueError` where the folder holds another run, or something else; with `start_anew` only what is no
+        part of a run is refused.
+        """
+        if saved is not None:
+            lost = [] if self._has_config() else [f"{self.config} cannot be read; it is that of the newest step again"]
+            return lost + self._compare(saved.to_dict(), config.to_dict())
+        if self._is_new():
+            return []
+        there = sorted(entry.name for entry in self.path.iterdir() if entry.name != LOCK)
+        ours = {*(file.name for file in vars(self).values() if isinstance(file, Path)), self.PROMPT, CLASSES}
+        if not set(there) <= ours:
             raise ValueError(f"{self.path} is not empty and holds no run (no config.json); choose another --run-dir")
+        if not start_anew:
+            raise ValueError(
+                f"{self.path} holds {', '.join(there)} of a run and no config.json; put it back, choose another "
+                "--run-dir, or give --start-anew, which renames what is there"
+            )
         return []
+
+    def _has_config(self) -> bool:
+        try:
+            Config.from_file(self.config)
+        except (ConfigError, OSError):
+            return False
+        return True
+
+    def _is_new(self) -> bool:
+        """Whether nothing is here but what a start leaves that was ended at once."""
+        if not self.path.exists():
+            return True
+        names = {entry.name for entry in self.path.iterdir()} - {self.cache.name, LOCK}
+        empty = {self.samples.name, self.checkpoints.name, self.config.name}
+        return names <= empty and not any(self.samples.glob("*")) and not any(self.checkpoints.glob("*"))
 
     @by_first
     def begin(self, config: Config, step: int) -> None:
-        """Write the resolved configuration, which alone repeats the run, and drop what was written after `step`.
+        """Write the resolved configuration, which alone repeats the run, and set aside what was written after `step`.
 
         Called when the first step is done: a start that fails leaves the folder as it was.
         """
-        self.samples.mkdir(parents=True, exist_ok=True)
-        config.save(self.config)
-        self.checkpoints.mkdir(exist_ok=True)  # so that where it is missing it was removed
-        self.keep_metrics_up_to(step)
+        if not step:  # the samples of a run that is begun anew are not those of this one
+            for folder in (self.samples, self.replay):
+                if folder.is_dir() and any(folder.iterdir()):
+                    folder.rename(beside(folder, "left"))
+        if self.config.exists() and not self._has_config():
+            self.config.rename(beside(self.config, "damaged"))
+        for line in self.lines.keep_up_to(step):
+            self.say(line)
+        self.lay_out(config)
         self.picture.unlink(missing_ok=True)  # it is drawn last, so where it is nothing is missing
+
+    def lay_out(self, config: Config) -> None:
+        """The folders, and the configuration, whole or as it was."""
+        self.samples.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)  # before it is saved there: that it is gone is to be noticed
+        whole = self.config.with_name(f".{self.config.name}")
+        config.save(whole)
+        whole.replace(self.config)
+
+    @by_first
+    def keep_metrics_up_to(self, step: int) -> None:
+        """Set aside the lines that a run which goes on from `step` writes again, and those that cannot be read."""
+        for line in self.lines.keep_up_to(step):
+            self.say(line)
 
     def holds_steps(self) -> bool:
         """Whether there is anything in the folder of the checkpoints."""
@@ -111,38 +183,26 @@ class RunFolder:
                 f"{self.path} holds another run: {'; '.join(broken)}; choose another --run-dir, or leave the settings "
                 "as saved"
             )
-        return changes
-
-    @by_first
-    def keep_metrics_up_to(self, step: int) -> None:
-        """Move the lines a resumed run will write again to `metrics.left.jsonl`; drop a last line that was cut off."""
-        if not self.metrics.exists():
-            return
-        records = self.read_metrics()
-        kept = [record for record in records if step and record["step"] <= step]
-        left = [record for record in records if not (step and record["step"] <= step)]
-        if left:
-            with self.left.open("a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in left)
-        whole = self.metrics.with_name(f".{self.metrics.name}")
-        whole.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        whole.replace(self.metrics)
+        return [f"changed since it was saved: {change}" for change in changes]
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Every complete line of `metrics.jsonl`."""
-        records = []
-        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break  # a killed run may leave half a line, always the last
-        return records
+        """Every line of `metrics.jsonl` that can be read."""
+        return self.lines.read()
 
     @by_first
     def log(self, record: dict[str, Any]) -> None:
-        """Append one line to `metrics.jsonl`."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        """Append one line to `metrics.jsonl`, or let it wait where that cannot be done."""
+        self.lines.append(record, self.say)
+
+    def cannot_write(self, what: str, error: OSError) -> None:
+        """Say, once, that something to look at could not be written: the run goes on without."""
+        self.lost += 1
+        if self.lost == 1:
+            self.say(f"warning: {what} cannot be written: {error}; the run goes on without")
+
+    def batch(self, step: int) -> Path:
+        """The file of a batch that is kept, of a step that was not finite."""
+        return self.replay / f"step-{step:07d}.npz"
 
     def sample(self, step: int, ending: str) -> Path:
         """The file of the sample made at a step."""
@@ -157,9 +217,11 @@ class RunFolder:
         figure = Figure(figsize=(7, 4), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
-        records = [record for record in self.read_metrics() if record.get("loss") is not None]
+        records = [record for record in self.read_metrics() if isinstance(record.get("loss"), int | float)]
         score = score_of(records[-1]) if records else Score("loss", 1.0, "loss")
-        values = [(r["split"], r["step"], r[score.field] * score.scale) for r in records if score.field in r]
+        values = [
+            (r["split"], r["step"], r[score.field] * score.scale) for r in records if r.get(score.field) is not None
+        ]
         for split, style in (("train", {"alpha": 0.6, "lw": 1}), ("validation", {"marker": "o", "ms": 3})):
             points = [(step, value) for of, step, value in values if of == split]
             if points:

@@ -117,4 +117,6 @@ def _end(sign: int, line: str) -> NoReturn:
             os.write(2, b"\r\x1b[K\x1b[?25h")
         os.write(2, f"{line}\n".encode())
     processes.tell_of_signal(line, 128 + sign)
+    for last in [*processes.before_exit]:
+        last()
     os._exit(128 + sign)

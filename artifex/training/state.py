@@ -92,9 +92,12 @@ class Blueprint:
         """Gradients of the parameters that are trained, where the plan's table of gradients puts them."""
         if self.mesh.size == 1:
             return gradients
+        return jax.tree.map(jax.lax.with_sharding_constraint, gradients, self.gradient_shardings(gradients))
+
+    def gradient_shardings(self, gradients: Any) -> Any:
+        """Where that table puts the gradients of the parameters that are trained."""
         names = self.split(self.names)[0]
-        where = placement.shardings(gradients, gradients, names, self.plan.rules, "gradients", self.mesh)
-        return jax.tree.map(jax.lax.with_sharding_constraint, gradients, where)
+        return placement.shardings(gradients, gradients, names, self.plan.rules, "gradients", self.mesh)
 
     @property
     def execution(self) -> Execution:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from artifex.optim import make_schedule
+from artifex.training import finite
 from artifex.training.freezing import join
 from artifex.training.pipelined import pipelined
 from artifex.training.precision import in_dtype
@@ -25,11 +28,13 @@ Metrics = dict[str, jax.Array]
 def make_step(blue: Blueprint) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """`step(state, batch) -> (state, metrics)`, compiled on first use; the state's buffers are reused.
 
-    Metrics are scalars: `loss`, `grad_norm` before clipping, `learning_rate`, and what the model reports.
+    Metrics are scalars: `loss`, `grad_norm` before clipping, `learning_rate`, what the model reports, and the number by
+    which `finite.told` names what is not finite. With `training.not_finite` "skip" a loss or gradient that is not
+    finite changes nothing but the step's number, as with `optax.apply_if_finite`.
     """
     schedule = make_schedule(blue.config.optimizer, blue.config.training.steps)
     decay = blue.config.training.ema_decay
-    gradients = _gradients(blue)
+    gradients, skips = _gradients(blue), blue.config.training.not_finite == "skip"
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
@@ -37,10 +42,10 @@ def make_step(blue: Blueprint) -> Callable[[TrainState, Batch], tuple[TrainState
         trained, held = blue.split(state.params)
         # the optimizer computes in float32, whatever parameters and gradients are kept in
         grads, trained = in_dtype(grads, "float32"), in_dtype(trained, "float32")
-        moments, ema = fetched((state.optimizer, state.ema), (blue.shardings.optimizer, blue.shardings.ema))
+        moments, averaged = fetched((state.optimizer, state.ema), (blue.shardings.optimizer, blue.shardings.ema))
         updates, optimizer = blue.optimizer.update(grads, moments, trained)
         trained = optax.apply_updates(trained, updates)
-        ema_buffers = state.ema_buffers
+        ema, ema_buffers = averaged, state.ema_buffers
         if decay is not None:
             # warms up as (1 + t) / (10 + t), so that the average forgets the random start
             t = state.step.astype(jnp.float32)
@@ -49,18 +54,28 @@ def make_step(blue: Blueprint) -> Callable[[TrainState, Batch], tuple[TrainState
             latest = (trained, within(buffers, ema_buffers))
             average, ema_buffers = jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, averages, latest)
             ema = join(average, blue.split(ema)[1])
-        metrics = metrics | {
-            "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-        }
         params = join(in_dtype(trained, blue.config.training.param_dtype), held)
-        return TrainState(state.step + 1, params, buffers, optimizer, ema, ema_buffers, state.key), metrics
+        after = TrainState(state.step + 1, params, buffers, optimizer, ema, ema_buffers, state.key)
+        norm = optax.tree.norm(grads)
+        if skips:
+            good = jnp.isfinite(loss) & jnp.isfinite(norm)
+            before = dataclasses.replace(state, step=after.step, optimizer=moments, ema=averaged)
+            after = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
+        rate = schedule(_updates(moments, state.step) if skips else state.step)
+        told = {"loss": loss, "grad_norm": norm, "learning_rate": jnp.asarray(rate, jnp.float32)}
+        return after, metrics | told | {finite.METRIC: finite.first_of(blue, finite.looked_at(grads, after))}
 
     whole = NamedSharding(blue.mesh, PartitionSpec())
     # pinned: XLA would change the layout of some outputs, and a resumed run would no longer be bitwise equal
     options = dict(blue.collectives.options) or None
     return jax.jit(step, donate_argnums=0, out_shardings=(blue.shardings, whole), compiler_options=options)
+
+
+def _updates(moments: Any, step: jax.Array) -> jax.Array:
+    """How many updates an optimizer has made by its own count, by which it takes its rate; fewer than the steps where
+    some were skipped."""
+    counts = [count for _, count in optax.tree.get_all_with_path(moments, "count")]
+    return functools.reduce(jnp.maximum, counts) if counts else step
 
 
 def _gradients(blue: Blueprint) -> Callable:

@@ -99,7 +99,7 @@ def test_a_run_whose_steps_are_lost_says_how_and_starts_anew_only_on_request(run
         if name.startswith("checkpoints/"):
             _, step, rest = name.split("/", 2)
             assert after[f"checkpoints/{step}.left-1/{rest}"] == content
-    assert (run / "metrics.left.jsonl").read_bytes() == before["metrics.jsonl"]
+    assert (run / "metrics.left-1.jsonl").read_bytes() == before["metrics.jsonl"]
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) == 6 and steps.count(1) == 1
 
@@ -120,7 +120,7 @@ def test_a_run_killed_before_its_first_step_was_saved_just_begins_again(run, sou
     config["checkpoint"]["every"] = 4
     (run / "config.json").write_text(json.dumps(config))
     train.train(Config.from_dict(settings(source, every=4)), run)
-    assert (run / "metrics.left.jsonl").read_text().splitlines() == lines
+    assert (run / "metrics.left-1.jsonl").read_text().splitlines() == lines
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"4", "6"}
 
 
@@ -129,7 +129,7 @@ def test_what_a_run_went_on_from_before_is_kept_aside(run, source):
     shutil.rmtree(run / "checkpoints/6")
     train.train(Config.from_dict(settings(source)), run)
     later = [line for line in lines if json.loads(line)["step"] > 4]
-    assert (run / "metrics.left.jsonl").read_text().splitlines() == later
+    assert (run / "metrics.left-1.jsonl").read_text().splitlines() == later
     assert (run / "metrics.jsonl").read_text().splitlines()[: len(lines) - len(later)] == lines[: -len(later)]
 
 
