@@ -231,6 +231,9 @@ class CheckpointConfig(Section):
 
     every: Int = Field(default=400, ge=0, description="steps from one checkpoint to the next; 0 saves at the end alone")
     keep: Int = Field(default=3, ge=1, description="checkpoints kept, the newest, at least 1")
+    on_failure: Literal["stop", "go_on"] = Field(
+        default="stop", description="where one cannot be saved: end the run, or say so and go on to the next"
+    )
 
 
 class LoggingConfig(Section):

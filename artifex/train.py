@@ -69,7 +69,9 @@ def main(argv: list[str] | None = None) -> None:
                 run_steps(run, run_step, replay=command.replay)
             except InUse as error:
                 fail(str(error))
-            except (FloatingPointError, CheckpointError, DataError, MemoryError) as error:
+            except BrokenPipeError:
+                raise
+            except (FloatingPointError, CheckpointError, DataError, MemoryError, OSError) as error:
                 fail(str(error), code=1)
 
 

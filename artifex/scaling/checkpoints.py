@@ -127,6 +127,10 @@ class Checkpoints:
             raise self._unsaved(step, reason) from error
         self._last = step
 
+    def has_ended(self) -> bool | None:
+        """Whether this process's part of the save under way has ended, well or not; None where there is none."""
+        return self._pending and self._pending[1].done()
+
     def steps(self) -> list[int]:
         """The complete steps, ascending: manifest valid, every file there and of the right size."""
         return [step for step in self._folders() if self._is_complete(step)]

@@ -11,6 +11,7 @@ import jax
 
 from artifex.scaling import processes
 from artifex.training.run_folder import check_seen
+from artifex.training.saving import Saver
 from artifex.training.signals import Stopped, stop_signals
 from artifex.training.step import make_evaluate
 
@@ -50,12 +51,12 @@ def fit(run: Run, run_step: Callable[[TrainState, Any], Any], meter: Meter) -> T
     config, blue, task = run.config, run.blue, run.task
     cfg, every = config.training, config.checkpoint.every
     batches = task.batches(run.start, blue.part)
-    validate, state, step, saved = make_validate(run), run.state, run.start, run.start
+    validate, state, step, saver = make_validate(run), run.state, run.start, Saver(run)
     stop = None  # the signal that ends the run
     with stop_signals() as seen:
         # what the weights are worth before they are trained on
         before = validate(state, final=True) if step == 0 and cfg.start_from is not None else None
-        while step < cfg.steps and not (saved == step and (stop := ended_by(seen, step, config.logging.every))):
+        while step < cfg.steps and not (saver.tried == step and (stop := ended_by(seen, step, config.logging.every))):
             asked = time.perf_counter()
             batch = blue.placed(next(batches))
             meter.waited(time.perf_counter() - asked)
@@ -73,21 +74,26 @@ def fit(run: Run, run_step: Callable[[TrainState, Any], Any], meter: Meter) -> T
                     meter.validated(step, *validate(state, final=False))
             if step == cfg.steps or stop or (every and step % every == 0):
                 with meter.aside():  # reads this step's metrics first: what is not finite is never saved
-                    run.checkpoints.save(
-                        step,
-                        state,
-                        {**blue.metadata(), "data": {"fingerprint": task.corpus.fingerprint, "batches": step}},
-                    )
-                    saved = step
+                    saver.save(step, state)
                     if step < cfg.steps and not stop:
-                        blue.run(state, task.look, run.folder, step)
+                        sample(run, state, step)
+            else:
+                saver.look(step)
         batches.close()
-        run.checkpoints.wait()
+        saver.settle()
     if stop:
         where = f"at step {step}, which is saved" if step > run.start else "before the first step"
         run.report.line(f"stopped by {stop} {where}; the same command goes on")
         raise Stopped(stop)
     return state
+
+
+def sample(run: Run, state: TrainState, step: int) -> None:
+    """Look at what the model makes. A disk that cannot be written costs the sample, and not the run."""
+    try:
+        run.blue.run(state, run.task.look, run.folder, step)
+    except OSError as error:
+        run.folder.cannot_write(f"a sample of step {step}", error)
 
 
 def ended_by(seen: list[str], step: int, every: int) -> str | None:

@@ -61,8 +61,9 @@ class Report:
             self.bar.stop()
 
     def line(self, text: str) -> None:
-        """Print a line that stays."""
-        self.console.print(text, markup=False)
+        """Print a line that stays. Where it cannot be written, as to a file on a full disk, the run goes on without."""
+        with contextlib.suppress(OSError):  # a reader who left is answered in `on_broken_pipe`
+            self.console.print(text, markup=False)
 
     def advance(self, step: int, status: str | None) -> None:
         """Say that `step` is done; `status` replaces what stands beside the bar."""
