@@ -99,11 +99,17 @@ class Checkpoints:
         }
         # A folder of its own for each attempt: the writers of a failed one may still be busy in theirs.
         attempt = self.folder / f"{step}.saving-{next(_ATTEMPTS)}"
-        try:
-            if processes.is_first():  # Orbax lets no process start before this one comes
+        problem = None
+        if processes.is_first():
+            try:
                 self._sweep()
                 self.set_aside(step)
                 attempt.mkdir(parents=True)
+            except OSError as error:
+                problem = self._reason(error)
+        if problem := processes.first_says(problem):  # in Orbax the others would wait for the first
+            raise self._unsaved(step, problem)
+        try:
             self._orbax.save(attempt / _ARRAYS, args=ocp.args.PyTreeSave(leaves.nested(arrays)))
         except OSError as error:
             self._orbax = _checkpointer()  # what is left of the failed save is not told to the next

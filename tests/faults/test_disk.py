@@ -95,6 +95,7 @@ def test_metrics_wait_for_a_disk_that_is_full(folder, tmp_path):
     assert found == list(range(1, len(found) + 1)), "none is lost, none is twice"
 
 
+@pytest.mark.slow
 def test_a_folder_that_vanishes_is_laid_out_again(folder, tmp_path):
     with Running(folder, tmp_path / "run", "--training.sample-tokens", "2") as them:
         them.until(lambda: them.saved() >= 20)
@@ -108,6 +109,7 @@ def test_a_folder_that_vanishes_is_laid_out_again(folder, tmp_path):
     assert (them.run / "tokenizer.json").exists() and (them.run / "prompt.txt").exists()
 
 
+@pytest.mark.slow
 def test_samples_that_cannot_be_written_cost_no_run(folder, tmp_path):
     with Running(folder, tmp_path / "run", "--training.sample-tokens", "2") as them:
         them.until(lambda: them.saved() >= 20)

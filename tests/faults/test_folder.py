@@ -50,7 +50,15 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("how", DAMAGE)
+CONTENTS = [None, b"", b"{", b"[" * 3_000, b"\0" * 64, b"\xff\xfe"]
+
+
+def some_daily(cases, *daily):
+    """All of the cases, those that are not `daily` as slow ones."""
+    return [case if case in daily else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize("how", some_daily(DAMAGE, "cut", "deep"))
 def test_a_damaged_line_costs_that_line_alone(how, run, capsys):
     file = run / "metrics.jsonl"
     before = lines(file)
@@ -101,7 +109,7 @@ def test_a_run_that_ended_before_its_first_save_starts_anew_by_itself(run, capsy
     assert "2 lines after step 0, which the run goes on from, moved to metrics.left-1.jsonl" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{", b"[" * 3_000, b"\0" * 64, b"\xff\xfe"], ids=str)
+@pytest.mark.parametrize("content", some_daily(CONTENTS, None, b"[" * 3_000), ids=lambda x: str(x)[:12])
 def test_a_lost_configuration_is_that_of_the_newest_step(content, run, capsys):
     (run / "config.json").unlink() if content is None else (run / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"training\.seed was 0, now 1"):
