@@ -195,6 +195,14 @@ def start_of(given: Mapping[str, list[str]]) -> Start:
     return Start(**values)
 
 
+def sizes_of(text: str) -> dict[str, int]:
+    """`fsdp=4,tensor=2` as a mapping."""
+    parts = [part.strip().partition("=") for part in text.split(",")]
+    if not all(axis and size.isdecimal() and int(size) for axis, _, size in parts):
+        raise ValueError(f"--mesh {text!r} is no list of axes with their devices; expected one as in fsdp=4,tensor=2")
+    return {axis: int(size) for axis, _, size in parts}
+
+
 def versions() -> dict[str, str]:
     """What computes a run, by name: other versions may compute it otherwise."""
     others = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}

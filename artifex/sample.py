@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from artifex.cli import START, fail, program, start_of, user_errors, versions
+from artifex.cli import START, fail, program, sizes_of, start_of, user_errors, versions
 from artifex.data.classes import find_class, load_classes
 from artifex.scaling import processes
 from artifex.scaling.manifest import CheckpointError
@@ -45,7 +45,7 @@ def _draw(args: argparse.Namespace) -> None:
     if processes.count() > 1 and args.mesh is None:
         raise ValueError(f"{processes.count()} processes draw on all their devices together; give --mesh, as in fsdp=8")
     with explained("out of memory; draw fewer at once with --num-samples"):
-        loaded = load_to_run(args.path, args.step, mesh=args.mesh and _sizes(args.mesh))
+        loaded = load_to_run(args.path, args.step, mesh=args.mesh and sizes_of(args.mesh))
         cfg, given = loaded.model.cfg, {name: value for name, value in vars(args).items() if value is not None}
         wrong = [name for name in (IMAGES if cfg.reads == "text" else TEXT) if name in given]
         if wrong:
@@ -244,14 +244,6 @@ def load_to_run(path: str | Path, step: int | None = None, *, mesh: Mapping[str,
     if step is not None:
         raise ValueError(f"{path} holds weights alone, so there is no step {step}; give the run folder instead")
     return pretrained_model(path, mesh=mesh)
-
-
-def _sizes(text: str) -> dict[str, int]:
-    """`fsdp=4,tensor=2` as a mapping."""
-    parts = [part.strip().partition("=") for part in text.split(",")]
-    if not all(axis and size.isdecimal() and int(size) for axis, _, size in parts):
-        raise ValueError(f"--mesh {text!r} is no list of axes with their devices; expected one as in fsdp=4,tensor=2")
-    return {axis: int(size) for axis, _, size in parts}
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ A signal before the first step, or while a finished run is scored, ends the prog
 compilation. While it trains, the step at hand is finished and saved first; a second signal, a second later, does not
 wait for that. The same command goes on, and makes what is missing of a finished run. Where all checkpoints are
 damaged, or the folder shows that there were some and they are gone, a run does not start anew by itself:
-`--start-anew` does. It renames what is there, and moves the lines of metrics to `metrics.left.jsonl`.
+`--start-anew` does. It renames what is there, and moves the lines of metrics to `metrics.left-1.jsonl`.
 
 What XLA logs is not shown; `TF_CPP_MIN_LOG_LEVEL=0` shows it.
 

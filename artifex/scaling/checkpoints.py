@@ -139,7 +139,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The complete steps, ascending: manifest valid, every file there and of the right size."""
-        return [step for step in self._folders() if self._is_complete(step)]
+        return [step for step in self.folders() if self._is_complete(step)]
 
     def latest(self) -> int | None:
         """The newest complete step."""
@@ -149,7 +149,7 @@ class Checkpoints:
         """The newest step whose every file matches its checksum, and a sentence on each newer one that was skipped."""
         self.wait()
         skipped = []
-        for step in reversed(processes.first_says(self._folders())):
+        for step in reversed(processes.first_says(self.folders())):
             problem = self._damage(step)
             if problem is None:
                 return step, skipped
@@ -159,6 +159,10 @@ class Checkpoints:
     def metadata(self, step: int) -> dict[str, Any]:
         """What `save` was given beside the arrays. Raises `CheckpointError` if the step has no valid manifest."""
         return self._read(step)["metadata"]
+
+    def versions(self, step: int) -> dict[str, str]:
+        """The versions that wrote `step`, by name. Raises as `metadata`."""
+        return self._read(step).get("versions", {})
 
     def arrays(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of every array of `step` by its path, such as "params/embed/table"; reads only the manifest.
@@ -212,7 +216,7 @@ class Checkpoints:
             if not self._is_complete(step):
                 raise CheckpointError(f"{step} was changed while it was saved")
             newest = [known for known in self.steps() if known <= step][-self.keep :]
-            for old in self._folders():
+            for old in self.folders():
                 if old < newest[0]:
                     _remove(self.folder / str(old))
 
@@ -225,21 +229,21 @@ class Checkpoints:
         """Rename the folders of `step` and of all after it, to "<step>.left-<n>"; none of them is a step any more."""
         if not processes.is_first():
             return
-        for known in self._folders():
+        for known in self.folders():
             if known >= step:
                 names = (f"{known}.left-{n}" for n in itertools.count(1))
                 aside = next(name for name in names if not (self.folder / name).exists())
                 _LOG.warning("%s: renaming step %d to %s, this run goes on from before it", self.folder, known, aside)
                 (self.folder / str(known)).rename(self.folder / aside)
 
-    def _folders(self) -> list[int]:
+    def folders(self) -> list[int]:
         """Every step that has a folder, complete or not, ascending."""
         if not self.folder.is_dir():
             return []
         return sorted(int(path.name) for path in self.folder.iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name))
 
     def _read(self, step: int) -> dict[str, Any]:
-        if step not in self._folders():
+        if step not in self.folders():
             raise CheckpointError(f"there is no step {step} in {self.folder}; complete are {self.steps() or 'none'}")
         try:
             return manifest.read(self.folder / str(step), step)

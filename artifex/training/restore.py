@@ -91,12 +91,28 @@ def restore_model(
     Raises as `restore`."""
     saved = find_step(path, step)
     blue = _blueprint(saved, mesh, None)
+    return blue.runner(*_weights(saved, blue, saved.weights))
+
+
+def restore_weights(
+    path: str | os.PathLike[str], step: int | None = None, *, average: bool = True
+) -> tuple[SavedStep, dict[str, Any]]:
+    """The weights alone, bit-equal to what was saved, in one nested dict of parameters and buffers on one device: what
+    `artifex.models.weights.save_pretrained` writes. Raises as `restore`."""
+    saved = find_step(path, step)
+    blue = _blueprint(saved, None, None)
+    weights, buffers = _weights(saved, blue, saved.weights if average else "params")
+    return saved, nnx.to_pure_dict(nnx.state(nnx.merge(blue.graphdef, weights, buffers)))
+
+
+def _weights(saved: SavedStep, blue: Blueprint, part: str) -> tuple[Any, Any]:
+    """The parameters at `part` of the saved state, and the buffers that go with them."""
     with Checkpoints(saved.folder) as checkpoints:
-        weights = checkpoints.restore(saved.step, blue.state.weights, under=saved.weights)
+        weights = checkpoints.restore(saved.step, blue.state.weights, under=part)
         buffers = blue.state.buffers and checkpoints.restore(saved.step, blue.state.buffers, under="buffers")
-        if blue.state.ema_buffers:
+        if blue.state.ema_buffers and part == saved.weights:
             buffers = join(buffers, checkpoints.restore(saved.step, blue.state.ema_buffers, under="ema_buffers"))
-    return blue.runner(weights, buffers)
+    return weights, buffers
 
 
 def pretrained_model(path: str | Path, *, mesh: Mapping[str, int] | None = None) -> Runner:
