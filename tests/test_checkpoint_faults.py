@@ -3,6 +3,7 @@
 import logging
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,6 +60,23 @@ def test_a_flipped_bit_in_any_file_is_found(checkpoints):
 
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_a_step_of_which_arrays_vanished_while_it_was_saved_is_no_step(checkpoints):
+    checkpoints.save(1, small(1), {})
+    checkpoints.wait()
+    finished = checkpoints._orbax.wait_until_finished
+
+    def moved_away():
+        finished()
+        for home in checkpoints.folder.glob("2.saving-*/arrays/w"):
+            shutil.rmtree(home)
+
+    checkpoints._orbax.wait_until_finished = moved_away
+    checkpoints.save(2, small(2), {})
+    with pytest.raises(CheckpointError, match=r"step 2 was not saved .*1 of 2 arrays, such as w, vanished.*\[1\]"):
+        checkpoints.wait()
+    assert checkpoints.newest_restorable() == (1, [])
 
 
 @pytest.mark.parametrize("harm", [truncate, Path.unlink], ids=["truncated", "missing"])

@@ -212,7 +212,9 @@ def flops(kind, mesh):
 )
 def test_a_capacity_bounds_the_work_of_each_of_eight_devices(mesh):
     share = flops("capacity", mesh) / flops("capacity", "one device")
-    assert share < 1.1 / 8, f"{8 * share:.3f} of an eighth"
+    # devices that hold all weights update all of them, and look whether each is finite: work that is not of the rows
+    bound = 1.15 if mesh == "data 8" else 1.1
+    assert share < bound / 8, f"{8 * share:.3f} of an eighth"
 
 
 def test_dropless_experts_that_are_split_work_on_their_own_rows_alone():

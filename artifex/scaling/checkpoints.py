@@ -209,6 +209,12 @@ class Checkpoints:
         # The background thread: Orbax's own barriers have let every process finish writing when it returns.
         self._orbax.wait_until_finished()
         if processes.is_first():
+            homes = {path: attempt / _ARRAYS / leaves.array_folder(path) for path in body["arrays"]}
+            gone = [path for path, home in homes.items() if not (home / "zarr.json").is_file()]
+            if gone:  # Orbax makes a folder again that was moved away while it writes
+                raise CheckpointError(
+                    f"{len(gone)} of {len(homes)} arrays, such as {gone[0]}, vanished while it was saved"
+                )
             manifest.seal(attempt, body)
             attempt.rename(self.folder / str(step))
             manifest.sync(self.folder)
