@@ -161,13 +161,7 @@ def _opened(
     # how latents are scaled is part of what is trained: measured once, and kept with the configuration
     known = processes.first_says(saved is not None)
     blue, latents = (blue, []) if known else settle(blue, state, task.corpus)
-    notes = [
-        *lines,
-        *task.corpus.changes,
-        *changes,
-        *latents,
-        *notes,
-    ]
+    notes = [*lines, *task.corpus.changes, *changes, *latents, *notes]
     report = Report(start, config.training.steps, bar=config.logging.progress, quiet=not processes.is_first())
     folder.say = report.line
     if config.data.cache_latents:
@@ -202,7 +196,8 @@ def begin(
     else:
         step, skipped = max((known for known in checkpoints.steps() if known < replay), default=None), []
     if step is None:
-        check_nothing_lost(checkpoints.folder.parent, skipped)
+        if replay is None:  # before the first step that was saved there is none to go on from
+            check_nothing_lost(checkpoints.folder.parent, skipped)
         state, lines = start_state(blue)
         return state, 0, lines
     saved = checkpoints.metadata(step)["data"]["fingerprint"]
