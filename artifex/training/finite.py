@@ -46,7 +46,7 @@ def looked_at(gradients: Any, state: TrainState) -> dict[str, Any]:
 def of_blueprint(blue: Blueprint) -> dict[str, Any]:
     """The same, abstract, each with its sharding: what the numbers of a step stand for."""
     shapes = blue.split(blue.state.params)[0]
-    where = blue.gradient_shardings(shapes)
+    where = blue.gradient_shardings(shapes, "optimizer")  # as the update reads them
     placed = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, where)
     return looked_at(placed, blue.state)
 

@@ -111,7 +111,8 @@ def _gradients(blue: Blueprint) -> Callable:
             weight = metrics.pop("weight")
             weighed = jax.tree.map(lambda value: weight.astype(value.dtype) * value, (loss, metrics, grads))
             *sums, grads = jax.tree.map(jnp.add, sums, (weight, *weighed))
-            return ((*sums, blue.laid_out(grads)), buffers), None
+            # as the update reads them: gradients that stay whole (`zero` 1) would be gathered again in each turn
+            return ((*sums, blue.laid_out(grads, "optimizer")), buffers), None
 
         # row r goes to part r % parts: a device keeps its own rows
         split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)

@@ -98,7 +98,7 @@ def estimate(
     on = traced.platform
     sends = partition(program, sizes, scatters=on != "cpu", hoists=on != "gpu", taken=taken)
     flops = flops_of_device(program, sizes, taken)
-    alive = live(program, sizes)
+    alive = live(program, sizes, on)
     convolutions = any(op.name == "conv_general_dilated" for op in program.every())
     own = (calibration or of_platform(traced.platform)).own(heap_bytes(alive.buffers), convolutions)
     read_by = {id(value) for op in program.ops for value in op.ins} | {id(value) for value in program.outs}

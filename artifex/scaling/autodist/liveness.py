@@ -9,14 +9,12 @@ begin, and the sums of its gradients over devices are taken together at its end,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
 
+from artifex.scaling.autodist.order import ALIASES, HABITS, PRODUCTS, Habits, flat, in_order, relaid
 from artifex.scaling.autodist.program import Block, Op, Value
+from artifex.scaling.execution import Platform
 
-ALIASES = {"reshape", "squeeze", "expand_dims", "bitcast_convert_type", "sharding_constraint", "pvary", "name"}
-ALIASES |= {"optimization_barrier", "copy", "copy_p", "stop_gradient"}
 COLLECTIVES = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
-PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot"}
 OPAQUE = {
     *PRODUCTS,
     *COLLECTIVES,
@@ -65,11 +63,11 @@ class Live:
     largest: tuple[float, ...] = ()  # bytes of the two largest at the busiest moment
 
 
-def live(program: Block, sizes: dict[str, int]) -> Live:
-    """Of a program with its collectives written in, on a mesh of `sizes`."""
+def live(program: Block, sizes: dict[str, int], platform: Platform) -> Live:
+    """Of a program with its collectives written in, on a mesh of `sizes`, as the compiler of a platform has it."""
     clock = _Clock()
     given = {id(value) for value in program.outs if value is not None}
-    _Body(program, sizes).play(clock, set(), given)
+    _Body(program, sizes, HABITS[platform]).play(clock, set(), given)
     changes: dict[int, float] = {}
     for one in clock.buffers:
         changes[one.begin] = changes.get(one.begin, 0.0) + one.size
@@ -97,81 +95,21 @@ class _Clock:
         return self.now
 
 
-def flat(block: Block, alias: dict[int, Value]) -> Iterator[Op]:
-    """The operations of a block with those of its regions in their place; `alias` says which arrays are one."""
-    for op in block.ops:
-        if op.name != "shard_map":
-            yield op
-            continue
-        (inner,) = op.blocks
-        alias |= {id(inside): outside for inside, outside in zip(inner.ins, op.ins, strict=True) if outside is not None}
-        yield from flat(inner, alias)
-        alias |= {id(out): inside for out, inside in zip(op.outs, inner.outs, strict=True) if inside is not None}
-
-
-def relaid(ops: Iterable[Op]) -> Iterator[Op]:
-    """The operations, with a copy before each product and convolution of an operand whose dims stand in another order
-    than it is read in, and one behind of a result that is written in another."""
-    made: dict[tuple, Value] = {}
-    for op in ops:
-        if op.name not in ("dot_general", "conv_general_dilated"):
-            yield op
-            continue
-        ins, outs = list(op.ins), list(op.outs)
-        for which, order in enumerate(_orders(op)[:2]):
-            value = ins[which]
-            if value is None or _stands(value, order):
-                continue
-            key = (id(value), order)
-            if key not in made:
-                made[key] = _in_order(value, order)
-                yield Op("relaid", [value], [made[key]], {}, [])
-            ins[which] = made[key]
-        order = _orders(op)[2]
-        if _stands(outs[0], order):
-            yield Op(op.name, ins, outs, op.params, op.blocks)
-            continue
-        between = _in_order(outs[0], order)
-        yield Op(op.name, ins, [between], op.params, op.blocks)
-        yield Op("relaid", [between], outs, {}, [])
-
-
-def _orders(op: Op) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """The dims of both operands and of the result in the order in which a CPU takes them: of a product rows x sums,
-    sums x columns, rows x columns; of a convolution N H W C, H W I O, N H W C."""
-    if op.name == "dot_general":
-        summed, batch = op.params["dimension_numbers"]
-        ranks = [len(value.shape) if value is not None else 0 for value in op.ins[:2]]
-        left, right = ([d for d in range(ranks[i]) if d not in summed[i] and d not in batch[i]] for i in (0, 1))
-        whole = tuple(range(len(op.outs[0].shape)))
-        return (*batch[0], *left, *summed[0]), (*batch[1], *summed[1], *right), whole
-    numbers = op.params["dimension_numbers"]
-    (n, c, *of_lhs), (o, i, *of_rhs), (m, f, *of_out) = numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec
-    return (n, *of_lhs, c), (*of_rhs, i, o), (m, *of_out, f)
-
-
-def _stands(value: Value, order: tuple[int, ...]) -> bool:
-    large = [d for d in order if value.shape[d] > 1]
-    return large == sorted(large)
-
-
-def _in_order(value: Value, order: tuple[int, ...]) -> Value:
-    return Value(tuple(value.shape[d] for d in order), value.itemsize, [value.split[d] for d in order])
-
-
 class _Body:
     """A block, its operations in the order in which they run."""
 
-    def __init__(self, block: Block, sizes: dict[str, int]) -> None:
-        self.block, self.sizes = block, sizes
+    def __init__(self, block: Block, sizes: dict[str, int], habits: Habits, carried: int = 0) -> None:
+        self.block, self.sizes, self.habits = block, sizes, habits
         self.alias: dict[int, Value] = {}
-        ops = list(relaid(list(flat(block, self.alias))))
+        ops = list(flat(block, self.alias))
+        if habits.copies_operands:
+            ops = list(relaid(ops))
         for op in ops:
             if op.name in ALIASES:
                 for out, value in zip(op.outs, op.ins, strict=False):
                     if value is not None and value.bytes(sizes) == out.bytes(sizes):
                         self.alias[id(out)] = value
-        self.ops = self.ordered(ops)
+        self.ops = in_order(ops, block, self.root, habits, carried)
         self.made: dict[int, Op] = {}
         self.readers: dict[int, list[Op]] = {}
         self.of_id: dict[int, Value] = {}
@@ -191,26 +129,6 @@ class _Body:
         self.out_ids = {id(self.root(value)) for value in block.outs if value is not None}
         self._written: dict[int, bool] = {}
         self._reads: dict[int, dict[int, None]] = {}
-
-    def ordered(self, ops: list[Op]) -> list[Op]:
-        """Gathers of what enters first, sums that nothing here reads last."""
-        entering = {id(value) for value in self.block.ins}
-        light = ALIASES | {"convert_element_type", "transpose", "slice", "all-gather", "relaid"}
-        early, others, late = [], [], []
-        read = {id(self.root(value)) for op in ops for value in op.ins if value is not None}
-        for op in ops:
-            if op.name in light and all(value is None or id(self.root(value)) in entering for value in op.ins):
-                entering |= {id(self.root(out)) for out in op.outs}
-                early.append(op)
-            elif op.name in ("all-reduce", "reduce-scatter") and not any(id(self.root(out)) in read for out in op.outs):
-                late.append(op)
-            else:
-                others.append(op)
-        moved = {id(out) for op in late for out in op.outs}
-        behind = [op for op in others if any(value is not None and id(value) in moved for value in op.ins)]
-        return (
-            [*early, *(op for op in others if op not in behind), *late, *behind] if behind else [*early, *others, *late]
-        )
 
     def root(self, value: Value) -> Value:
         while id(value) in self.alias:
@@ -312,7 +230,7 @@ class _Body:
             return
         path, clock.path = clock.path, f"{clock.path}{op.name} > "
         for block in op.blocks:
-            body = _Body(block, self.sizes)
+            body = _Body(block, self.sizes, self.habits, op.params["num_carry"] if op.name == "scan" else 0)
             owned: set[int] = set()
             lent: set[int] = set()
             stacked = {id(value) for value in block.outs if value is not None} if op.name == "cond" else set()
