@@ -25,7 +25,8 @@ def pairs(op: Op) -> list[Pair]:
 
 def elementwise(op: Op) -> bool:
     """Whether each number of the result is of one number of each operand."""
-    return op.name not in _KNOWN and not op.name.startswith("reduce_") and not _opaque(op.name)
+    reduces = op.name.startswith("reduce_") and "axes" in op.params
+    return op.name not in _KNOWN and not reduces and not _opaque(op.name)
 
 
 def _dims(op: Op, index: int, value: Value) -> Dims:

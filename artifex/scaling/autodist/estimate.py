@@ -13,6 +13,7 @@ from artifex.scaling.autodist.calibration import Calibration, of_platform
 from artifex.scaling.autodist.cluster import Cluster
 from artifex.scaling.autodist.heap import heap_bytes
 from artifex.scaling.autodist.invariant import hoist
+from artifex.scaling.autodist.joined import join_sums
 from artifex.scaling.autodist.layouts import lay_out
 from artifex.scaling.autodist.liveness import live
 from artifex.scaling.autodist.partition import Sent, partition
@@ -97,6 +98,8 @@ def estimate(
     lay_out(program, sizes)
     on = traced.platform
     sends = partition(program, sizes, scatters=on != "cpu", hoists=on != "gpu", taken=taken)
+    if on == "gpu":
+        sends = join_sums(program, sends)
     flops = flops_of_device(program, sizes, taken)
     alive = live(program, sizes, on)
     convolutions = any(op.name == "conv_general_dilated" for op in program.every())

@@ -22,6 +22,7 @@ from artifex.scaling.autodist.work import Taken, share_taken
 Split = list[Axes]
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot")
 SCATTERS = ("scatter-add", "scatter_add")
+SENT = "sent"  # the parameter of a sum over devices that has its `Sent`
 IN_REGIONS = {
     "psum": "all-reduce",
     "psum_invariant": "all-reduce",
@@ -271,15 +272,17 @@ class _Writer:
             return
         n, size = self.ways(axes), partial.bytes(self.sizes)
         if parted and self.scatters:
-            self.sent.append(Sent("reduce-scatter", axes, size * (n - 1) / n, times))
-            ops.append(Op("reduce-scatter", [partial], [out], {}, []))
+            sent = Sent("reduce-scatter", axes, size * (n - 1) / n, times)
+            self.sent.append(sent)
+            ops.append(Op("reduce-scatter", [partial], [out], {SENT: sent}, []))
             return
-        self.sent.append(Sent("all-reduce", axes, 2 * size * (n - 1) / n, times))
+        sent = Sent("all-reduce", axes, 2 * size * (n - 1) / n, times)
+        self.sent.append(sent)
         if out.split == partial.split:
-            ops.append(Op("all-reduce", [partial], [out], {}, []))
+            ops.append(Op("all-reduce", [partial], [out], {SENT: sent}, []))
             return
         summed = Value(out.shape, out.itemsize, list(partial.split))
-        ops.append(Op("all-reduce", [partial], [summed], {}, []))
+        ops.append(Op("all-reduce", [partial], [summed], {SENT: sent}, []))
         ops.append(Op("take_part", [summed], [out], {}, []))
 
     def enter(self, op: Op, ops: list[Op], known: dict, times: float) -> None:

@@ -218,7 +218,9 @@ class _Device:
         )
         of_rest, of_piece, of_state = pull(_at(waiting, mine["gradient_from"]))
         of_rest, of_piece = jax.tree.map(lambda g: jnp.where(there, g, 0), (of_rest, of_piece))
-        pieces = jax.tree.map(lambda total, g: total.at[v].add(g.astype(total.dtype)), gradients[1], of_piece)
+        # laid out before they are added as well: behind the slice XLA would not see where its sums are to lie
+        of_rest, of_piece = self.lay_out(of_rest, jax.tree.map(lambda g: g[None], of_piece))
+        pieces = jax.tree.map(lambda total, g: total.at[v].add(g[0].astype(total.dtype)), gradients[1], of_piece)
         return self.lay_out(_add(gradients[0], of_rest), pieces), self.laid(of_state)
 
     def stage(self, rest: Tree, piece: Tree, state: Tree, v: jax.Array, m: jax.Array) -> Tree:

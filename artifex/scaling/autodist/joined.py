@@ -1,0 +1,62 @@
+"""Sums over devices that are added to each other: what a GPU's compiler adds first and sums over the devices once.
+
+The gradients that queries, keys and values send back to one input are three partial sums; XLA's
+`all-reduce-reassociate` and `reduce-scatter-reassociate` make one collective of them.
+"""
+
+from __future__ import annotations
+
+import collections
+
+from artifex.scaling.autodist.order import ALIASES
+from artifex.scaling.autodist.partition import SENT, Sent
+from artifex.scaling.autodist.program import Block, Op, Value
+
+ADDITIONS = ("add", "add_any")
+SUMS = ("all-reduce", "reduce-scatter")
+
+
+def join_sums(program: Block, sends: list[Sent]) -> list[Sent]:
+    """Add such partial sums first, in place, in `program` with its collectives. Returns what is sent then."""
+    gone: set[int] = set()
+    _block(program, gone)
+    return [one for one in sends if id(one) not in gone]
+
+
+def _block(block: Block, gone: set[int]) -> None:
+    """`gone` grows by the ids of what is not sent any more."""
+    reads = collections.Counter(id(value) for op in block.ops for value in op.ins if value is not None)
+    reads.update(id(value) for value in block.outs if value is not None)
+    made: dict[int, Op] = {}  # the sum over devices that an array is and nothing else reads
+    dropped: set[int] = set()
+    ops: list[Op] = []
+    for op in block.ops:
+        for inner in op.blocks:
+            _block(inner, gone)
+        sums = [made.get(id(value)) for value in op.ins if value is not None and reads[id(value)] == 1]
+        if op.name in SUMS and SENT in op.params:
+            made[id(op.outs[0])] = op
+        elif op.name in ALIASES and len(sums) == 1 and sums[0] and op.outs[0].split == sums[0].outs[0].split:
+            made[id(op.outs[0])] = sums[0]
+        elif op.name in ADDITIONS and len(sums) == 2 and sums[0] and sums[1] and _alike(sums[0], sums[1]):
+            kept, other = sums
+            (first,), (second,) = kept.ins, other.ins
+            assert first is not None and second is not None
+            partial = Value(first.shape, first.itemsize, list(first.split))
+            joined = Op(kept.name, [partial], op.outs, kept.params, [])
+            ops += [Op(op.name, [first, second], [partial], op.params, []), joined]
+            made[id(op.outs[0])] = joined
+            gone.add(id(other.params[SENT]))
+            dropped |= {id(kept), id(other)}
+            continue
+        ops.append(op)
+    block.ops = [op for op in ops if id(op) not in dropped]
+
+
+def _alike(one: Op, other: Op) -> bool:
+    """Whether both sum arrays of one shape, that lie alike, over the same mesh axes."""
+    (first,), (second,) = one.ins, other.ins
+    if first is None or second is None or one.name != other.name:
+        return False
+    same = first.shape == second.shape and first.split == second.split and one.outs[0].split == other.outs[0].split
+    return same and one.params[SENT].axes == other.params[SENT].axes
