@@ -120,7 +120,9 @@ def regrets(pairs: list[tuple[dict[str, Any], dict[str, Any]]], factors: dict[bo
             times, fits, told, expected = [], [], [], []
             for row, one in of:
                 sent = sum(size for *_, size, _ in row["sends"])
-                times.append(row["flops"] / grid.DEVICES * rate + sent / cluster.hardware.inside)
+                # of a pipeline those that the schedule takes: the row counts what its conditionals leave out as well
+                flops = one["flops"] if row["settings"]["device"].get("pipeline") else row["flops"] / grid.DEVICES
+                times.append(flops * rate + sent / cluster.hardware.inside)
                 fits.append(row["whole"] <= limit)
                 told.append(one["flops"] * rate + one["total_sent"] / cluster.hardware.inside)
                 expected.append(one["state"] + factors[one["convolutions"]] * one["own"] <= limit)
