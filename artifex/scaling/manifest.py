@@ -13,7 +13,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,32 @@ def wrong_size(folder: str | Path, name: str, entry: Mapping[str, Any] | None = 
         return f"{name} is {'a link' if stat.S_ISLNK(found.st_mode) else 'no file'}, where a plain file was saved"
     size = found.st_size
     return None if entry is None or size == entry["size"] else f"{name} has {size} bytes instead of {entry['size']}"
+
+
+def content(folder: str | Path, name: str, entry: Mapping[str, Any]) -> bytes:
+    """All of the file `name`. Raises `CheckpointError` if it is not what `entry` says."""
+    found = bytearray(entry["size"]) if wrong_size(folder, name, entry) is None else bytearray()
+    read_into(folder, name, entry, [memoryview(found)])
+    return bytes(found)
+
+
+def read_into(folder: str | Path, name: str, entry: Mapping[str, Any], blocks: Iterable[memoryview]) -> None:
+    """Read the file `name` into `blocks`, which take as much as `entry` says that it has; each is full when the next is
+    asked for. Raises `CheckpointError` if the file is not what `entry` says."""
+    problem = wrong_size(folder, name, entry)
+    if problem is None:
+        found = DIGESTS[kind_of(entry)]()
+        try:
+            with open(Path(folder) / name, "rb", buffering=0) as file:
+                for block in blocks:
+                    while block and (count := file.readinto(block[:BLOCK])):
+                        found.update(block[:count])
+                        block = block[count:]
+        except OSError as error:
+            raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from None
+        problem = differs(name, entry, found.hexdigest())
+    if problem is not None:
+        raise CheckpointError(problem)
 
 
 def damage(folder: str | Path, name: str, entry: Mapping[str, Any]) -> str | None:
