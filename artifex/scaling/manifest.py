@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -230,8 +231,11 @@ def _has_digest(entry: Mapping[str, Any]) -> bool:
 
 
 def _is_dtype(value: Any) -> bool:
+    # by these names alone: NumPy parses others as Python ("f4,,"), and warns of some
+    if not isinstance(value, str) or not re.fullmatch(r"bool|bfloat16|u?int\d+|float\d+\w*|complex\d+", value):
+        return False
     try:
-        return isinstance(value, str) and bool(np.dtype(value).name)
+        return np.dtype(value).name == value
     except TypeError:
         return False
 
