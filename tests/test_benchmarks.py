@@ -85,3 +85,15 @@ def test_the_training_step_computes_what_bare_jax_and_another_checkout_compute()
 @pytest.mark.slow
 def test_decoding_gives_the_tokens_of_bare_jax():
     assert re.findall(r"(\S+) % of the tokens of bare JAX are ours", run("generate.py")) == ["100.0", "100.0"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_timed_beside_raw_writing_and_reading_on_one_device_and_on_all(tmp_path):
+    command = [sys.executable, BENCHMARKS / "checkpoint.py", "--small", "--rounds", "2", "--folder", tmp_path]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"27 arrays, 4 MiB, devices: (\d)", done.stdout) == ["1", "2"]
+    for ours, theirs in (("save", "write"), ("restore", "read"), ("resume", "read")):
+        assert len(re.findall(rf"raw {theirs} / {ours} = \d", done.stdout)) == 2
+    assert [*tmp_path.iterdir()] == []

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FILE = "classes.json"
+LIMIT = 2**24  # bytes
 
 
 def save_classes(names: Sequence[str], folder: str | os.PathLike[str]) -> None:
@@ -28,6 +29,8 @@ def load_classes(folder: str | os.PathLike[str], num_classes: int) -> tuple[str,
     path = Path(folder, FILE)
     if not path.exists():
         return tuple(map(str, range(num_classes)))
+    if not path.is_file() or path.stat().st_size > LIMIT:  # a pipe would block
+        raise ValueError(f"{path} is no regular file of at most {LIMIT:,} bytes; restore or remove it")
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

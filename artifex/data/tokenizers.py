@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 END_OF_DOCUMENT = "<|endoftext|>"
 _ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 _PIECE = 2**16  # characters encoded at once: one string of 12 MB takes 5 times as long as the same text in pieces
+_LIMIT = 2**28  # bytes of a tokenizer file: those of 256,000 words have some 34 million
 _PIECES_AT_ONCE = 64  # bounds the memory of the library's records, some 100 bytes a token
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -227,11 +228,18 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():  # a pipe would block
+            raise ValueError(f"tokenizer file {path} is no regular file; expected a tokenizer.json")
+        if path.stat().st_size > _LIMIT:
+            raise ValueError(f"tokenizer file {path} has {path.stat().st_size:,} bytes; expected at most {_LIMIT:,}")
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text)
     except OSError as error:
         raise ValueError(f"tokenizer file {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # ValueError: neither UTF-8 nor JSON
+    except UnicodeDecodeError as error:
+        raise ValueError(f"tokenizer file {path} is not JSON ({error}); expected a tokenizer.json") from error
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"tokenizer file {path} is not JSON ({error}); expected a tokenizer.json") from error
     kind = content.get("artifex_tokenizer") if isinstance(content, dict) else None
     if kind == "bytes":
@@ -241,7 +249,9 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     library = _library()
     try:
         return JsonTokenizer(library.Tokenizer.from_str(text))
-    except Exception as error:  # the library raises nothing narrower
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises nothing narrower, and where it panics no Exception
         raise ValueError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from error
 
 

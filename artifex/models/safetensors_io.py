@@ -226,7 +226,11 @@ def _inside(folder: Path, name: str, index: Path) -> Path:
     if PureWindowsPath(name).name != name or not name.endswith(".safetensors"):  # Windows': / and \ and drives
         raise ValueError(f"{index} names {shown(name)!r}; expected the plain name of a .safetensors file beside it")
     file = folder / name
-    if not file.is_file():
+    try:
+        found = file.is_file()
+    except OSError:  # a name that is too long for a file
+        found = False
+    if not found:
         raise ValueError(f"{index} names {shown(name)}, which is not in {folder}")
     homes = [folder.resolve()]
     if homes[0].parent.name == "snapshots":  # a cache of the Hugging Face hub: links into the folder of its contents

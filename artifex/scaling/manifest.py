@@ -12,8 +12,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,32 @@ def wrong_size(folder: str | Path, name: str, entry: Mapping[str, Any] | None = 
     return None if entry is None or size == entry["size"] else f"{name} has {size} bytes instead of {entry['size']}"
 
 
+def content(folder: str | Path, name: str, entry: Mapping[str, Any]) -> bytes:
+    """All of the file `name`. Raises `CheckpointError` if it is not what `entry` says."""
+    found = bytearray(entry["size"]) if wrong_size(folder, name, entry) is None else bytearray()
+    read_into(folder, name, entry, [memoryview(found)])
+    return bytes(found)
+
+
+def read_into(folder: str | Path, name: str, entry: Mapping[str, Any], blocks: Iterable[memoryview]) -> None:
+    """Read the file `name` into `blocks`, which take as much as `entry` says that it has; each is full when the next is
+    asked for. Raises `CheckpointError` if the file is not what `entry` says."""
+    problem = wrong_size(folder, name, entry)
+    if problem is None:
+        found = DIGESTS[kind_of(entry)]()
+        try:
+            with open(Path(folder) / name, "rb", buffering=0) as file:
+                for block in blocks:
+                    while block and (count := file.readinto(block[:BLOCK])):
+                        found.update(block[:count])
+                        block = block[count:]
+        except OSError as error:
+            raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from None
+        problem = differs(name, entry, found.hexdigest())
+    if problem is not None:
+        raise CheckpointError(problem)
+
+
 def damage(folder: str | Path, name: str, entry: Mapping[str, Any]) -> str | None:
     """What is wrong with the file `name` once all of it is read, or None."""
     if problem := wrong_size(folder, name, entry):
@@ -204,8 +231,11 @@ def _has_digest(entry: Mapping[str, Any]) -> bool:
 
 
 def _is_dtype(value: Any) -> bool:
+    # by these names alone: NumPy parses others as Python ("f4,,"), and warns of some
+    if not isinstance(value, str) or not re.fullmatch(r"bool|bfloat16|u?int\d+|float\d+\w*|complex\d+", value):
+        return False
     try:
-        return isinstance(value, str) and bool(np.dtype(value).name)
+        return np.dtype(value).name == value
     except TypeError:
         return False
 

@@ -83,7 +83,7 @@ def _mapped(
             latents.flush()
             unfinished.replace(file)
     check_seen(file)
-    return np.load(file, mmap_mode="r")
+    return np.load(file, mmap_mode="r", allow_pickle=False)
 
 
 def _key(task: ImageTask, blue: Blueprint, state: TrainState) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -86,6 +87,8 @@ class MetricsFile:
     def _lines(self) -> list[tuple[bytes, dict[str, Any] | None]]:
         if not self.path.exists():
             return []
+        if not self.path.is_file():  # a pipe would block
+            raise OSError(errno.EINVAL, "is no regular file", str(self.path))
         lines = self.path.read_bytes().splitlines(keepends=True)
         whole = [line if line.endswith(b"\n") or _record(line) is None else line + b"\n" for line in lines]
         return [(line, _record(line)) for line in whole]

@@ -112,7 +112,7 @@ def _read(descriptor: int) -> dict[str, Any] | None:
     """What a lock says; None for a file that is new, or was never written to its end: its process died at that."""
     try:
         found = json.loads(os.pread(descriptor, 4096, 0))
-    except ValueError:
+    except (ValueError, RecursionError):  # no JSON, or nested without end
         return None
     kinds = {"host": str, "pid": int, "started": int | None, "processes": str, "boot": str, "since": str}
     known = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in kinds.items())
