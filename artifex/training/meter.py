@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from artifex.training import finite
+from artifex.training.position import rows_before
 from artifex.training.progress import Report
 from artifex.training.replay import host, keep_batch
 from artifex.training.run_folder import RunFolder
@@ -103,7 +104,7 @@ class Meter:
                 **means,
                 "grad_norm": last["grad_norm"],
                 "learning_rate": last["learning_rate"],
-                task.noun: step * task.per_step,
+                task.noun: rows_before(task, step) * task.per_step // self.config.training.batch_size,
                 f"{task.noun}_per_second": rate,
                 "data_wait_seconds": self.data_wait,
                 "elapsed_seconds": time.perf_counter() - self.began,

@@ -12,6 +12,7 @@ import jax
 from artifex.scaling import processes
 from artifex.scaling.manifest import CheckpointError
 from artifex.scaling.placement import size_text
+from artifex.training.position import told
 
 if TYPE_CHECKING:
     from artifex.training.loop import Run
@@ -33,7 +34,7 @@ class Saver:
         if processes.is_first() and not run.folder.samples.is_dir():  # the folder vanished, or lost it
             self._attempt(lambda: run.folder.lay_out(run.config), step)
             self._attempt(lambda: run.task.save_beside(run.folder.path), step)
-        data = {"fingerprint": run.task.corpus.fingerprint, "batches": step}
+        data = told(run.task, step)
         self._attempt(run.checkpoints.wait, step)
         self._attempt(lambda: run.checkpoints.save(step, state, {**run.blue.metadata(), "data": data}), step)
 
