@@ -231,6 +231,18 @@ class CheckpointConfig(Section):
 
     every: Int = Field(default=400, ge=0, description="steps from one checkpoint to the next; 0 saves at the end alone")
     keep: Int = Field(default=3, ge=1, description="checkpoints kept, the newest, at least 1")
+    keep_every: Int = Field(
+        default=0, ge=0, description="checkpoints of steps that this divides are kept for good; 0: none"
+    )
+    keep_best: Int = Field(
+        default=0,
+        ge=0,
+        description="checkpoints kept besides: those whose validation had the lowest best_metric, of equal ones the "
+        "earlier; 0: none",
+    )
+    best_metric: str = Field(
+        default="loss", min_length=1, description="of a validation, as metrics.jsonl calls it; lower is better"
+    )
     on_failure: Literal["stop", "go_on"] = Field(
         default="stop", description="where one cannot be saved: end the run, or say so and go on to the next"
     )
@@ -295,10 +307,20 @@ class Config(Section):
         if self.data.cache_latents and self.data.crop:
             says = f"must be 0 with data.cache_latents, got {self.data.crop}: each shift of an image has other latents"
             raise ConfigError(says, ("data", "crop"))
+        if self.checkpoint.keep_best and not self._validates_what_it_saves():
+            says = (
+                f"judges by validations, but steps are saved every {self.checkpoint.every} and validated every "
+                f"{self.training.validate_every}; make checkpoint.every a multiple of training.validate_every"
+            )
+            raise ConfigError(says, ("checkpoint", "keep_best"))
         _check_most("optimizer.warmup_steps", self.optimizer.warmup_steps, "training.steps", self.training.steps)
         if self.training.batch_size % (parts := self.training.gradient_accumulation):
             says = f"must divide training.batch_size {self.training.batch_size}, got {parts}"
             raise ConfigError(says, ("training", "gradient_accumulation"))
+
+    def _validates_what_it_saves(self) -> bool:
+        every, validate = self.checkpoint.every, self.training.validate_every
+        return bool(every and validate) and every % validate == 0
 
     @classmethod
     def known_keys(cls) -> list[str]:

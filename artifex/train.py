@@ -138,6 +138,7 @@ def _opened(
     import jax
 
     from artifex.scaling.checkpoints import Checkpoints
+    from artifex.scaling.retention import Retention
     from artifex.training.latent_cache import with_latents
     from artifex.training.latents import as_known, settle
     from artifex.training.loop import Run
@@ -170,7 +171,7 @@ def _opened(
     check_state(blue, device_bytes())
     os.environ.update(blue.collectives.environment)  # NCCL reads it when the devices first talk
     # sharded init or restore
-    checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep)
+    checkpoints = Checkpoints(folder.checkpoints, keep=Retention.of(config.checkpoint.model_dump()))
     with explained("out of memory while the state was made or restored"):
         state, start, task, notes = begin(blue, checkpoints, task, start_anew, replay)
     # how latents are scaled is part of what is trained: measured once, and kept with the configuration
@@ -227,6 +228,7 @@ def prepare(run: Run) -> Callable[[TrainState, Any], Any] | None:
     Raises `ValueError` for data that make no batch, and `MemoryError` where the step needs more than a device has.
     """
     from artifex.models.attention import recording
+    from artifex.training.loop import check_metric
     from artifex.training.memory import device_bytes, fitting_step, notes
 
     for line in [summary(run), *run.blue.collectives.lines, *run.notes]:
@@ -236,6 +238,8 @@ def prepare(run: Run) -> Callable[[TrainState, Any], Any] | None:
     batches = run.task.batches(run.start, run.blue.part)
     shapes = {name: (x.shape, x.dtype) for name, x in run.blue.placed(next(batches)).items()}
     batches.close()
+    if run.config.checkpoint.keep_best:
+        check_metric(run, shapes)
     with run.report.busy("compiling the step"), recording() as attention:
         run_step = fitting_step(run.blue, shapes, device_bytes())
         processes.all_say(None)  # gloo waits 30 s for a process that still compiles

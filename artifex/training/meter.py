@@ -119,19 +119,20 @@ class Meter:
         self.report.advance(step, shown)
         self.since, self.data_wait, self.since_line, self.timed_steps = time.perf_counter(), 0.0, [], 0
 
-    def validated(self, step: int, metrics: Metrics, weight: float) -> None:
-        """One line of the `validation` split: means over `weight` targets or images."""
+    def validated(self, step: int, metrics: Metrics, weight: float) -> Metrics:
+        """One line of the `validation` split: means over `weight` targets or images. Returns them by their names."""
         score = self.task.score(metrics)
-        value = metrics[score.field] * score.scale
-        record: dict[str, Any] = {"step": step, "split": "validation", **metrics, score.key: value}
+        named = {**metrics, score.key: metrics[score.field] * score.scale}
+        record: dict[str, Any] = {"step": step, "split": "validation", **named}
         self.folder.log(record | {"targets": int(weight), "elapsed_seconds": time.perf_counter() - self.began})
         others = "".join(
             f", {name} {value:.4g}" for name, value in metrics.items() if name not in ("loss", "nats", score.field)
         )
-        own = "" if score.unit == "loss" else f", {value:.4f} {score.unit}"
+        own = "" if score.unit == "loss" else f", {named[score.key]:.4f} {score.unit}"
         of = " nats per token" if self.task.noun == "tokens" else ""
         over = f"{int(weight):,} {'targets' if self.task.noun == 'tokens' else self.task.noun}"
         self.report.line(f"step {step}: validation loss {metrics['loss']:.4f}{of}{own}{others}; over {over}")
+        return named
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
