@@ -98,6 +98,11 @@ class TrainingConfig(Section):
     start_from_partial: bool = Field(
         default=False, description="leave fresh, and list, what start_from lacks or has in another shape"
     )
+    start_from_rows: bool = Field(
+        default=False,
+        description="with start_from_partial: where only the vocabulary has another size, take the rows of the tokens "
+        "that both have, which must have the same ids",
+    )
     freeze: tuple[str, ...] | None = Field(
         default=None,
         min_length=1,
@@ -196,6 +201,8 @@ class TrainingConfig(Section):
     def _something_to_be_partial_about(self) -> Self:
         if self.start_from_partial and self.start_from is None:
             raise ConfigError("is true without start_from; name the folder, or leave it false", ("start_from_partial",))
+        if self.start_from_rows and not self.start_from_partial:
+            raise ConfigError("is true without start_from_partial; set that too", ("start_from_rows",))
         return self
 
 

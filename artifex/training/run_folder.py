@@ -28,7 +28,7 @@ SEEN = 60  # seconds in which a file that one process wrote appears to another; 
 FIXED = {
     "model": None,
     "data": None,
-    "training": ("seed", "batch_size", "start_from", "start_from_partial", "freeze"),
+    "training": ("seed", "batch_size", "start_from", "start_from_partial", "start_from_rows", "freeze"),
     "optimizer": ("name",),
 }
 """What makes a run the run it is: changed, the saved steps would not be steps of this run. None: the whole section."""
