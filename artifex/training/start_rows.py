@@ -34,10 +34,10 @@ def common_rows(names: tuple[str, ...], ours: tuple[int, ...], theirs: tuple[int
     return Rows(dims[0], min(ours[dims[0]], theirs[dims[0]]), theirs)
 
 
-def check_ids(config: Config, source: Path) -> None:
+def check_ids(config: Config, source: str | Path) -> None:
     """Raise `ValueError` where a token that both have is known to have another id in the tokenizer file of the source:
     its row would be that of another token."""
-    chosen = config.data.tokenizer
+    chosen, source = config.data.tokenizer, Path(source)
     if not source.is_file():
         return
     if chosen == "bpe":
