@@ -43,7 +43,7 @@ def measured(draw):
     return value, value if known else None
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", range(60))
 def test_what_stays_after_each_save_is_what_the_rule_says_of_all_that_were_saved(seed):
     draw = random.Random(seed)
     newest, every, best = draw.randint(1, 4), draw.choice([0, 0, 3, 4, 10]), draw.randrange(4)
@@ -136,7 +136,7 @@ def part(path, **how):
     rmtree(path, **how)
 
 checkpoints._remove, checkpoints.shutil.rmtree = removing, part
-test_retention.saved(sys.argv[1], range(begin, len(test_retention.VALUES) + 1))
+test_retention.saved(sys.argv[1], range(begin, len(test_retention.VALUES)))  # all but the last
 """
 
 
@@ -151,7 +151,7 @@ def test_a_kill_while_a_step_goes_costs_no_step_that_stays(point, tmp_path):
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
     saved(tmp_path, [1, 2])
     kills, step = 0, 2
-    while step < len(VALUES) and kills < (2 if point == "while one goes" else 20):
+    while step < len(VALUES) - 1 and kills < (2 if point == "while one goes" else 20):
         command = [sys.executable, "-c", KILLED, str(tmp_path), point, str(step + 1)]
         ended = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
         there, step = complete(tmp_path), max(complete(tmp_path))
@@ -159,6 +159,7 @@ def test_a_kill_while_a_step_goes_costs_no_step_that_stays(point, tmp_path):
         assert ended in (0, -signal.SIGKILL)
         kills += ended != 0
     assert kills
+    print(f"\n{point}: {kills} kills")
     saved(tmp_path, range(step + 1, len(VALUES) + 1))
     assert complete(tmp_path) == stays(len(VALUES))
     assert {path.name for path in tmp_path.iterdir()} == {str(step) for step in stays(len(VALUES))}

@@ -19,6 +19,8 @@ from test_processes import Together
 from artifex import train
 from artifex.config import Config
 from artifex.data.tokenizers import ByteTokenizer, save_tokenizer
+from artifex.training.loop import fit
+from artifex.training.meter import Meter
 
 LENGTH, SIZE = 16, 4_000  # tokens of a row, of the text
 SECTIONS = {
@@ -137,7 +139,8 @@ def rows_of(config, run_dir, **how):
         rows.extend(jax.device_get(batch["tokens"]).tolist())
         return run_step(state, batch)
 
-    train.run_steps(run, noting)
+    with run.lock, run.checkpoints, run.report:
+        fit(run, noting, Meter(run.blue, run.task, run.folder, run.report))
     return rows
 
 
@@ -197,7 +200,7 @@ def test_data_that_changed_under_the_same_name_are_told_apart(folder, stopped, t
     for name in ("tokens.npy", "bytes.json"):
         shutil.copy(folder / name, tmp_path)
     copied = config(tmp_path, training={"steps": 3})
-    train.train(copied, tmp_path / "run")
+    rows_of(copied, tmp_path / "run")
     np.save(tmp_path / "tokens.npy", np.load(folder / "tokens.npy")[:-400])
     with pytest.raises(
         ValueError, match=r"the data changed: step 3 .*they were .*3,800 training.* now .* 3,420 training"
