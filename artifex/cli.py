@@ -45,6 +45,7 @@ FLAGS = {
     "--print-config": "print the resolved configuration, which can be given as CONFIG, and stop",
     "--dry-run": "print parameter count, shardings and memory per device, and stop",
     "--start-anew": "begin at step 0 where the run folder has checkpoints; they are renamed and stay",
+    "--other-batch-size": "go on in a run folder with another training.batch_size, from the sample where it stands",
     "--take-over": "train in a folder that a process of another host holds, which has ended; of this host it is known",
     "--help": "print this, with the values of CONFIG and the fields of --model.name, and stop",
 }
@@ -69,6 +70,7 @@ class TrainCommand:
     dry_run: bool
     start_anew: bool = False
     take_over: bool = False
+    other_batch_size: bool = False
     target: Target | None = None
     time_limit: float = TIME_LIMIT
     replay: int | None = None
@@ -77,7 +79,7 @@ class TrainCommand:
     def asks(self) -> dict[str, Any]:
         """What it was asked for, by name: what the processes of one run must be asked for alike."""
         told = {"run-dir": str(self.run_dir), "start-anew": self.start_anew, "dry-run": self.dry_run}
-        told["replay"] = self.replay
+        told |= {"replay": self.replay, "other-batch-size": self.other_batch_size}
         fields = {option.flag: value_of(self.config, option) for option in options(self.config.model.name)}
         return told | {flag.lstrip("-"): value for flag, value in fields.items()} | versions()
 
@@ -156,6 +158,7 @@ def parse_train(argv: list[str] | None = None) -> TrainCommand:
             dry_run=flags["--dry-run"],
             start_anew=flags["--start-anew"],
             take_over=flags["--take-over"],
+            other_batch_size=flags["--other-batch-size"],
             target=target,
             time_limit=limit,
             replay=replay,

@@ -98,6 +98,11 @@ class TrainingConfig(Section):
     start_from_partial: bool = Field(
         default=False, description="leave fresh, and list, what start_from lacks or has in another shape"
     )
+    start_from_rows: bool = Field(
+        default=False,
+        description="with start_from_partial: where only the vocabulary has another size, take the rows of the tokens "
+        "that both have, which must have the same ids",
+    )
     freeze: tuple[str, ...] | None = Field(
         default=None,
         min_length=1,
@@ -196,6 +201,8 @@ class TrainingConfig(Section):
     def _something_to_be_partial_about(self) -> Self:
         if self.start_from_partial and self.start_from is None:
             raise ConfigError("is true without start_from; name the folder, or leave it false", ("start_from_partial",))
+        if self.start_from_rows and not self.start_from_partial:
+            raise ConfigError("is true without start_from_partial; set that too", ("start_from_rows",))
         return self
 
 
@@ -231,6 +238,18 @@ class CheckpointConfig(Section):
 
     every: Int = Field(default=400, ge=0, description="steps from one checkpoint to the next; 0 saves at the end alone")
     keep: Int = Field(default=3, ge=1, description="checkpoints kept, the newest, at least 1")
+    keep_every: Int = Field(
+        default=0, ge=0, description="checkpoints of steps that this divides are kept for good; 0: none"
+    )
+    keep_best: Int = Field(
+        default=0,
+        ge=0,
+        description="checkpoints kept besides: those whose validation had the lowest best_metric, of equal ones the "
+        "earlier; 0: none",
+    )
+    best_metric: str = Field(
+        default="loss", min_length=1, description="of a validation, as metrics.jsonl calls it; lower is better"
+    )
     on_failure: Literal["stop", "go_on"] = Field(
         default="stop", description="where one cannot be saved: end the run, or say so and go on to the next"
     )
@@ -295,10 +314,20 @@ class Config(Section):
         if self.data.cache_latents and self.data.crop:
             says = f"must be 0 with data.cache_latents, got {self.data.crop}: each shift of an image has other latents"
             raise ConfigError(says, ("data", "crop"))
+        if self.checkpoint.keep_best and not self._validates_what_it_saves():
+            says = (
+                f"judges by validations, but steps are saved every {self.checkpoint.every} and validated every "
+                f"{self.training.validate_every}; make checkpoint.every a multiple of training.validate_every"
+            )
+            raise ConfigError(says, ("checkpoint", "keep_best"))
         _check_most("optimizer.warmup_steps", self.optimizer.warmup_steps, "training.steps", self.training.steps)
         if self.training.batch_size % (parts := self.training.gradient_accumulation):
             says = f"must divide training.batch_size {self.training.batch_size}, got {parts}"
             raise ConfigError(says, ("training", "gradient_accumulation"))
+
+    def _validates_what_it_saves(self) -> bool:
+        every, validate = self.checkpoint.every, self.training.validate_every
+        return bool(every and validate) and every % validate == 0
 
     @classmethod
     def known_keys(cls) -> list[str]:

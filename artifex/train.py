@@ -63,8 +63,8 @@ def main(argv: list[str] | None = None) -> None:
                 return
             try:
                 with user_errors():
-                    how = {"start_anew": command.start_anew, "take_over": command.take_over, "replay": command.replay}
-                    run = open_run(command.config, command.run_dir, **how)
+                    how = {name: getattr(command, name) for name in ("start_anew", "take_over", "other_batch_size")}
+                    run = open_run(command.config, command.run_dir, **how, replay=command.replay)
                     run_step = prepare(run)
                 run_steps(run, run_step, replay=command.replay)
             except InUse as error:
@@ -75,18 +75,26 @@ def main(argv: list[str] | None = None) -> None:
                 fail(str(error), code=1)
 
 
-def train(config: Config, run_dir: str | Path, *, start_anew: bool = False, take_over: bool = False) -> Path:
+def train(
+    config: Config,
+    run_dir: str | Path,
+    *,
+    start_anew: bool = False,
+    take_over: bool = False,
+    other_batch_size: bool = False,
+) -> Path:
     """Train as `config` says into the folder `run_dir`, or go on from its newest checkpoint. Returns the folder.
 
     `start_anew` begins at step 0 whatever the folder has: its checkpoints are renamed and stay. `take_over` takes it
-    from a process of another host, which cannot be seen from here to have ended. A start that fails
-    leaves the folder as it was. Raises `ValueError` for a configuration, mesh, data or folder that do not fit, and
+    from a process of another host, which cannot be seen from here to have ended. `other_batch_size` lets the batch size
+    differ from the saved one: the run goes on from the sample where it stands. A start that fails leaves the folder as
+    it was. Raises `ValueError` for a configuration, mesh, data or folder that do not fit, and
     `MemoryError` for a step that needs more than a device has; `CheckpointError` where checkpoints are damaged or
     gone and none is left, or where nothing can be saved; `DataError` where an example turns out to be bad when it is
     drawn; `FloatingPointError` at a loss, gradient or state that is not finite, where the step is not skipped (the
     last good checkpoint stays); and `Stopped`, a `SystemExit`, where a signal ended the run after it was saved.
     """
-    run = open_run(config, run_dir, start_anew=start_anew, take_over=take_over)
+    run = open_run(config, run_dir, start_anew=start_anew, take_over=take_over, other_batch_size=other_batch_size)
     return run_steps(run, prepare(run))
 
 
@@ -96,6 +104,7 @@ def open_run(
     *,
     start_anew: bool = False,
     take_over: bool = False,
+    other_batch_size: bool = False,
     replay: int | None = None,
 ) -> Run:
     """Everything before the step is compiled, in the order in which mistakes are cheap. Writes nothing to the folder
@@ -110,19 +119,26 @@ def open_run(
     if folder.path.is_dir() and replay is None:
         take(lock, folder, take_over, lines.append)
     try:
-        return _opened(config, folder, lock, lines, start_anew, replay)
+        return _opened(config, folder, lock, lines, start_anew, other_batch_size, replay)
     except BaseException:
         lock.leave()
         raise
 
 
 def _opened(
-    config: Config, folder: RunFolder, lock: RunLock, lines: list[str], start_anew: bool, replay: int | None
+    config: Config,
+    folder: RunFolder,
+    lock: RunLock,
+    lines: list[str],
+    start_anew: bool,
+    other_batch_size: bool,
+    replay: int | None,
 ) -> Run:
     """`open_run` once the folder is this run's."""
     import jax
 
     from artifex.scaling.checkpoints import Checkpoints
+    from artifex.scaling.retention import Retention
     from artifex.training.latent_cache import with_latents
     from artifex.training.latents import as_known, settle
     from artifex.training.loop import Run
@@ -143,7 +159,7 @@ def _opened(
     # what is in the folder, and whether this run is the one in it
     saved = folder.saved(start_anew=start_anew)
     config = as_known(config, saved)
-    changes = folder.open(config, saved, start_anew=start_anew)
+    changes = folder.open(config, saved, start_anew=start_anew, other_batch_size=other_batch_size)
     # the weights it begins with and what stays frozen, by name and shape
     if start_anew or not folder.holds_steps():
         check_start(config)
@@ -155,9 +171,9 @@ def _opened(
     check_state(blue, device_bytes())
     os.environ.update(blue.collectives.environment)  # NCCL reads it when the devices first talk
     # sharded init or restore
-    checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep)
+    checkpoints = Checkpoints(folder.checkpoints, keep=Retention.of(config.checkpoint.model_dump()))
     with explained("out of memory while the state was made or restored"):
-        state, start, notes = begin(blue, checkpoints, task, start_anew, replay)
+        state, start, task, notes = begin(blue, checkpoints, task, start_anew, replay)
     # how latents are scaled is part of what is trained: measured once, and kept with the configuration
     known = processes.first_says(saved is not None)
     blue, latents = (blue, []) if known else settle(blue, state, task.corpus)
@@ -181,16 +197,17 @@ def plan_of(config: Config, device_count: int) -> Plan:
 
 def begin(
     blue: Blueprint, checkpoints: Checkpoints, task: Task, start_anew: bool, replay: int | None = None
-) -> tuple[TrainState, int, list[str]]:
-    """The state to start from, the step it stands at, and what to tell the user about it: that of the newest step, or
-    of the newest before `replay`."""
+) -> tuple[TrainState, int, Task, list[str]]:
+    """The state to start from, the step it stands at, `task` where it stands then, and what to tell the user about it:
+    that of the newest step, or of the newest before `replay`."""
     from artifex.training.lost_steps import check_nothing_lost
+    from artifex.training.position import at_its_place
     from artifex.training.start import start_state
 
     start_from = blue.config.training.start_from
     if start_anew:
         state, lines = start_state(blue)
-        return state, 0, ["starts anew, as asked: checkpoints that are there are renamed", *lines]
+        return state, 0, task, ["starts anew, as asked: checkpoints that are there are renamed", *lines]
     if replay is None:
         step, skipped = checkpoints.newest_restorable()
     else:
@@ -199,15 +216,10 @@ def begin(
         if replay is None:  # before the first step that was saved there is none to go on from
             check_nothing_lost(checkpoints.folder.parent, skipped)
         state, lines = start_state(blue)
-        return state, 0, lines
-    saved = checkpoints.metadata(step)["data"]["fingerprint"]
-    if saved != task.corpus.fingerprint:
-        raise ValueError(
-            f"the data changed: step {step} was trained on fingerprint {saved[:12]}, {task.corpus.source} now has "
-            f"{task.corpus.fingerprint[:12]}; restore the data or choose another --run-dir"
-        )
+        return state, 0, task, lines
+    task, moved = at_its_place(task, step, checkpoints.metadata(step))
     again = f"; it began with {start_from}, which is not read again" if start_from else ""
-    return checkpoints.restore(step, blue.state), step, [*skipped, f"resumed from step {step}{again}"]
+    return checkpoints.restore(step, blue.state), step, task, [*skipped, f"resumed from step {step}{again}", *moved]
 
 
 def prepare(run: Run) -> Callable[[TrainState, Any], Any] | None:
@@ -216,6 +228,7 @@ def prepare(run: Run) -> Callable[[TrainState, Any], Any] | None:
     Raises `ValueError` for data that make no batch, and `MemoryError` where the step needs more than a device has.
     """
     from artifex.models.attention import recording
+    from artifex.training.loop import check_metric
     from artifex.training.memory import device_bytes, fitting_step, notes
 
     for line in [summary(run), *run.blue.collectives.lines, *run.notes]:
@@ -225,6 +238,8 @@ def prepare(run: Run) -> Callable[[TrainState, Any], Any] | None:
     batches = run.task.batches(run.start, run.blue.part)
     shapes = {name: (x.shape, x.dtype) for name, x in run.blue.placed(next(batches)).items()}
     batches.close()
+    if run.config.checkpoint.keep_best:
+        check_metric(run, shapes)
     with run.report.busy("compiling the step"), recording() as attention:
         run_step = fitting_step(run.blue, shapes, device_bytes())
         processes.all_say(None)  # gloo waits 30 s for a process that still compiles

@@ -80,6 +80,10 @@ wait for that. The same command goes on, and makes what is missing of a finished
 damaged, or the folder shows that there were some and they are gone, a run does not start anew by itself:
 `--start-anew` does. It renames what is there, and moves the lines of metrics to `metrics.left-1.jsonl`.
 
+Model, data, seed and optimizer of a run stay what they were: a start that changes one of them is refused, by name. So
+is another batch size, unless `--other-batch-size` is given: the order of rows does not depend on it, and the run goes
+on from the row where it stands.
+
 What XLA logs is not shown; `TF_CPP_MIN_LOG_LEVEL=0` shows it.
 
 ## Python

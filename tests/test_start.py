@@ -231,3 +231,70 @@ def test_a_run_from_weights_is_scored_before_its_first_step_and_resumes_bitwise_
         setattr(other.training, field, value)
         with pytest.raises(ValueError, match=f"holds another run: training.{field} was"):
             train.train(other, tmp_path / "parts")
+
+
+ROWS = {"start_from_partial": True, "start_from_rows": True}
+
+
+@pytest.mark.parametrize("vocabulary", [300, pytest.param(128, marks=pytest.mark.slow)])
+def test_rows_of_the_tokens_that_both_vocabularies_have_are_taken_on_request(parent, text, vocabulary):
+    where = str(parent / "weights")
+    # taken as they are, or from a run's steps; whole on each device, or split along the vocabulary and across it
+    for start_from, device in ((where, {"fsdp": 4, "tensor": 2}), (str(parent), {"tensor": 4, "data": 2})):
+        model = {"vocab_size": vocabulary, "tied_head": False}
+        how = {"start_from": start_from, "ema_decay": 0.9, **ROWS}
+        data = {"source": "nothing is read of it", "sequence_length": 16}
+        cfg = config(text, model=model, training=how, device=device, data=data)
+        check(cfg)
+        blue = blue_of(cfg)
+        state, lines = start_state(blue)
+        random, known, both = jax.device_get(blue.init().params), weights_of(parent / "weights"), min(vocabulary, 256)
+        table = jax.device_get(state.params["embed"]["table"])
+        np.testing.assert_array_equal(table[:both], known["embed"]["table"][:both])
+        np.testing.assert_array_equal(table[both:], random["embed"]["table"][both:])
+        np.testing.assert_array_equal(table, jax.device_get(state.ema["embed"]["table"]))
+        assert state.params["embed"]["table"].sharding == blue.shardings.params["embed"]["table"]
+        assert_bit_equal(state.params["layers"], known["layers"])
+        assert_bit_equal(state.params["head"], random["head"])
+        part = f"taken in part: embed/table[{vocabulary}, 16], there [256, 16]: the first {both} tokens, "
+        assert f"{part}{vocabulary - both} are fresh" in lines
+        (taken,) = [line for line in lines if line.startswith("taken of")]
+        named = [f"{name}{list(leaf.shape)}" for name, leaf in leaves_of(state.params) if "embed" not in name]
+        assert taken == f"taken of {start_from}: {', '.join(name for name in named if 'head/' not in name)}"
+        assert [line for line in lines if line.startswith("fresh")] == [
+            f"fresh, not from {start_from}: head/kernel[16, {vocabulary}], there nothing"
+        ]
+
+
+def leaves_of(tree):
+    return [("/".join(key.key for key in keys), leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def test_rows_whose_ids_are_known_to_be_other_tokens_are_refused(parent, text, tmp_path):
+    ours, theirs = (train_bpe([words * 9], size) for words, size in (("one line of text\n", 262), ("aaaa bbbb\n", 260)))
+    shutil.copytree(parent / "weights", tmp_path / "weights")
+    save_tokenizer(theirs, tmp_path / "weights" / "tokenizer.json")
+    save_tokenizer(ours, tmp_path / "ours.json")
+    how = {"start_from": str(tmp_path / "weights"), **ROWS}
+    cfg = config(text, model={"vocab_size": 300}, training=how)
+    with pytest.raises(
+        ValueError, match=r"takes rows by id, but id 0 of data\.tokenizer 'bytes' is another token than in"
+    ):
+        check(cfg)
+    cfg.data.tokenizer = str(tmp_path / "ours.json")
+    first = next(index for index in range(260) if ours.token(index) != theirs.token(index))
+    with pytest.raises(ValueError, match=f"but id {first} of data.tokenizer"):
+        check(cfg)
+    cfg.data.tokenizer = "bpe"
+    with pytest.raises(ValueError, match="'bpe' is trained anew; extend "):
+        check(cfg)
+    extended = json.loads(theirs.to_json())
+    extended["model"]["vocab"]["~~~"] = theirs.vocab_size
+    (tmp_path / "extended.json").write_text(json.dumps(extended))
+    cfg.data.tokenizer = str(tmp_path / "extended.json")
+    check(cfg)
+
+
+def test_rows_are_asked_for_with_a_partial_start(text):
+    with pytest.raises(ValueError, match=r"training\.start_from_rows is true without start_from_partial"):
+        config(text, training={"start_from": text, "start_from_rows": True})

@@ -28,6 +28,7 @@ class Batches:
     order of a large corpus is stored, and process p of P holds rows [p B/P, (p+1) B/P) of the one global batch.
 
     `vocab_size` lets every drawn batch be checked for ids outside [0, vocab_size), which a model would not notice.
+    `shift` counts the rows that steps of another size took beyond `batch_size` each, or fell short by, below 0.
     Raises `ValueError` for sizes that do not fit together and for fewer than T + 1 tokens.
     """
 
@@ -37,6 +38,7 @@ class Batches:
     sequence_length: int
     seed: int = 0
     vocab_size: int | None = None
+    shift: int = 0
     process_index: int = 0
     process_count: int = 1
 
@@ -62,7 +64,7 @@ class Batches:
         local = local_rows(self.batch_size, self.process_index, self.process_count)
         window_RT = np.empty((len(local), self.sequence_length + 1), self.tokens.dtype)
         for row_T, row in zip(window_RT, local, strict=True):
-            start = self._start(step * self.batch_size + row)
+            start = self._start(self.shift + step * self.batch_size + row)
             chunk = self.tokens[start : start + len(row_T)]
             row_T[: len(chunk)] = chunk
             row_T[len(chunk) :] = self.tokens[: len(row_T) - len(chunk)]  # around the ring

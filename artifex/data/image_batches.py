@@ -43,7 +43,8 @@ class ImageBatches:
     An epoch visits every image once, in an order of its own. `flip` mirrors half of the images from left to right;
     `crop` shifts each by up to that many pixels up, down, left and right, and fills with what lies inside, reflected.
     Order and changes follow from (seed, row since step 0) by a hash: any step is reached at once, and process p of P
-    holds rows [p B/P, (p+1) B/P) of the one global batch.
+    holds rows [p B/P, (p+1) B/P) of the one global batch. `shift` counts the rows that steps of another size took
+    beyond `batch_size` each, or fell short by, below 0.
 
     With `latents`, what an autoencoder says of every training image, float32 (1, N, 2, H, W, Z), or (2, ...) with those
     of the mirrored ones, a batch has `latent_mean` and `latent_logvar` [R, H, W, Z] in place of `image`.
@@ -58,6 +59,7 @@ class ImageBatches:
     flip: bool = False
     crop: int = 0
     latents: np.ndarray | None = None
+    shift: int = 0
     process_index: int = 0
     process_count: int = 1
 
@@ -85,7 +87,7 @@ class ImageBatches:
         if step < 0:
             raise ValueError(f"step is {step}; the first is 0")
         local = local_rows(self.batch_size, self.process_index, self.process_count)
-        first = step * self.batch_size + local.start
+        first = self.shift + step * self.batch_size + local.start
         split, places = self.corpus.train, [self._image_at(first + row) for row in range(len(local))]
         if self.latents is not None:
             mirrored_R = self._words(first, len(places))[:, 0] >> 63 if self.flip else np.zeros(len(places), np.int64)

@@ -168,6 +168,10 @@ class JsonTokenizer:
             parts.append(self._tokenizer.decode(run, skip_special_tokens=False) if inside else REPLACEMENT * len(run))
         return "".join(parts)
 
+    def token(self, index: int) -> str | None:
+        """The token of an id as its file writes it; None where the file leaves the id out."""
+        return self._tokenizer.id_to_token(index)
+
     def to_json(self) -> str:
         """The library's own serialisation, which every tool that reads `tokenizer.json` understands."""
         return self._tokenizer.to_str()
@@ -210,6 +214,14 @@ def check_bpe_vocab_size(vocab_size: int) -> None:
             f"bpe_vocab_size is {vocab_size}; a byte-level BPE needs at least 257 entries, "
             "256 bytes and the end of a document: raise it, or choose tokenizer 'bytes'"
         )
+
+
+def first_difference(a: Tokenizer, b: Tokenizer) -> int | None:
+    """The first id that both have and that stands for another token in each; None where there is no such."""
+    if not (isinstance(a, JsonTokenizer) and isinstance(b, JsonTokenizer)):
+        return None if type(a) is type(b) else 0
+    both = range(min(a.vocab_size, b.vocab_size))
+    return next((index for index in both if a.token(index) != b.token(index)), None)
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:

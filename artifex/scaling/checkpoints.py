@@ -33,6 +33,7 @@ import orbax.checkpoint as ocp
 import artifex
 from artifex.scaling import leaves, manifest, processes, straight
 from artifex.scaling.manifest import CheckpointError
+from artifex.scaling.retention import Retention
 
 __all__ = ["CheckpointError", "Checkpoints"]
 
@@ -44,18 +45,16 @@ _ORBAX_FOLDER = os.path.join(os.path.dirname(ocp.__file__), "")
 
 
 class Checkpoints:
-    """The steps saved in one folder, of which the newest `keep` stay. Close it, or use it as a context manager:
-    a program that ends without closing loses the save under way.
+    """The steps saved in one folder, of which the newest `keep` stay, or those of a `Retention`. Close it, or use it as
+    a context manager: a program that ends without closing loses the save under way.
 
     Reading changes nothing in the folder. `save` removes what a killed save left behind, and renames steps that do not
     come before the new one (to "<step>.left-<n>"): a run that went on from an earlier step has left them.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, keep: int = 3, asynchronous: bool = True) -> None:
-        if keep < 1:
-            raise ValueError(f"keep is {keep}; at least 1 step must stay")
+    def __init__(self, folder: str | os.PathLike[str], *, keep: int | Retention = 3, asynchronous: bool = True) -> None:
+        self.retention = Retention(keep) if isinstance(keep, int) else keep
         self.folder = Path(folder).absolute()
-        self.keep = keep
         self.asynchronous = asynchronous
         self._last = -1  # the step this object saved last
         self._pending: tuple[int, Future[None]] | None = None
@@ -231,10 +230,9 @@ class Checkpoints:
             manifest.sync(self.folder.parent)  # it may have been made for the first step
             if not self._is_complete(step):
                 raise CheckpointError(f"{step} was changed while it was saved")
-            newest = [known for known in self.steps() if known <= step][-self.keep :]
-            for old in self.folders():
-                if old < newest[0]:
-                    _remove(self.folder / str(old))
+            values = {known: self.retention.value(self.metadata(known)) for known in self.steps() if known <= step}
+            for old in self.retention.gone(values, self.folders()):
+                _remove(self.folder / str(old))
 
     def _sweep(self) -> None:
         for leftover in self.folder.glob("*.saving-*"):

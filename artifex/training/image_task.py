@@ -38,6 +38,7 @@ class ImageTask:
     corpus: ImageCorpus
     latents: tuple[np.ndarray, np.ndarray] | None = None
     noun: str = "images"
+    shift: int = 0
 
     @classmethod
     def open(cls, config: Config) -> ImageTask:
@@ -80,6 +81,7 @@ class ImageTask:
             flip=self.config.data.flip,
             crop=self.config.data.crop,
             latents=self.latents and self.latents[0],
+            shift=self.shift,
             process_index=part[0],
             process_count=part[1],
         ).stream(start)

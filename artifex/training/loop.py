@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -69,12 +69,13 @@ def fit(run: Run, run_step: Callable[[TrainState, Any], Any], meter: Meter) -> T
             stop = ended_by(seen, step, config.logging.every)
             # one step late: while Python reads the last step's metrics the device is busy with this one
             meter.read_late(step, metrics)
+            validation = None
             if step < cfg.steps and cfg.validate_every and step % cfg.validate_every == 0:
                 with meter.aside():
-                    meter.validated(step, *validate(state, final=False))
+                    validation = meter.validated(step, *validate(state, final=False))
             if step == cfg.steps or stop or (every and step % every == 0):
                 with meter.aside():  # reads this step's metrics first: what is not finite is never saved
-                    saver.save(step, state)
+                    saver.save(step, state, validation)
                     if step < cfg.steps and not stop:
                         sample(run, state, step)
             else:
@@ -121,6 +122,17 @@ def begin_folder(run: Run, metrics: Any) -> None:
     run.folder.begin(run.config, run.start)
     run.task.save_beside(run.folder.path)
     check_seen(run.folder.config)
+
+
+def check_metric(run: Run, shapes: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raise `ValueError` unless a validation, over batches of `shapes`, measures `checkpoint.best_metric`."""
+    batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+    measured = dict.fromkeys(jax.eval_shape(make_evaluate(run.blue), run.blue.state, batch).keys() - {"weight"}, 0.0)
+    known = sorted({*measured, run.task.score(measured).key})
+    if (wanted := run.config.checkpoint.best_metric) not in known:
+        raise ValueError(
+            f"checkpoint.best_metric is {wanted!r}, but a validation measures {', '.join(known)}; name one"
+        )
 
 
 def make_validate(run: Run) -> Callable[..., tuple[dict[str, float], float]]:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from artifex.training import finite
+from artifex.training.position import rows_before
 from artifex.training.progress import Report
 from artifex.training.replay import host, keep_batch
 from artifex.training.run_folder import RunFolder
@@ -103,7 +104,7 @@ class Meter:
                 **means,
                 "grad_norm": last["grad_norm"],
                 "learning_rate": last["learning_rate"],
-                task.noun: step * task.per_step,
+                task.noun: rows_before(task, step) * task.per_step // self.config.training.batch_size,
                 f"{task.noun}_per_second": rate,
                 "data_wait_seconds": self.data_wait,
                 "elapsed_seconds": time.perf_counter() - self.began,
@@ -118,19 +119,20 @@ class Meter:
         self.report.advance(step, shown)
         self.since, self.data_wait, self.since_line, self.timed_steps = time.perf_counter(), 0.0, [], 0
 
-    def validated(self, step: int, metrics: Metrics, weight: float) -> None:
-        """One line of the `validation` split: means over `weight` targets or images."""
+    def validated(self, step: int, metrics: Metrics, weight: float) -> Metrics:
+        """One line of the `validation` split: means over `weight` targets or images. Returns them by their names."""
         score = self.task.score(metrics)
-        value = metrics[score.field] * score.scale
-        record: dict[str, Any] = {"step": step, "split": "validation", **metrics, score.key: value}
+        named = {**metrics, score.key: metrics[score.field] * score.scale}
+        record: dict[str, Any] = {"step": step, "split": "validation", **named}
         self.folder.log(record | {"targets": int(weight), "elapsed_seconds": time.perf_counter() - self.began})
         others = "".join(
             f", {name} {value:.4g}" for name, value in metrics.items() if name not in ("loss", "nats", score.field)
         )
-        own = "" if score.unit == "loss" else f", {value:.4f} {score.unit}"
+        own = "" if score.unit == "loss" else f", {named[score.key]:.4f} {score.unit}"
         of = " nats per token" if self.task.noun == "tokens" else ""
         over = f"{int(weight):,} {'targets' if self.task.noun == 'tokens' else self.task.noun}"
         self.report.line(f"step {step}: validation loss {metrics['loss']:.4f}{of}{own}{others}; over {over}")
+        return named
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:

@@ -28,10 +28,12 @@ SEEN = 60  # seconds in which a file that one process wrote appears to another; 
 FIXED = {
     "model": None,
     "data": None,
-    "training": ("seed", "batch_size", "start_from", "start_from_partial", "freeze"),
+    "training": ("seed", "batch_size", "start_from", "start_from_partial", "start_from_rows", "freeze"),
     "optimizer": ("name",),
 }
 """What makes a run the run it is: changed, the saved steps would not be steps of this run. None: the whole section."""
+BATCH_SIZE = ("training", "batch_size")
+"""Of these the one with which a run can go on where it stands, on request: the order of rows does not depend on it."""
 
 
 def check_seen(file: str | Path) -> None:
@@ -86,16 +88,18 @@ class RunFolder:
             raise ConfigError(f"{problem}; put a copy of it back, or give --start-anew, which renames what is there")
         return None
 
-    def open(self, config: Config, saved: Config | None, *, start_anew: bool = False) -> list[str]:
+    def open(
+        self, config: Config, saved: Config | None, *, start_anew: bool = False, other_batch_size: bool = False
+    ) -> list[str]:
         """Check that the folder is free or holds this run, of which it has `saved`; returns what else differs, a line
-        each. Writes nothing.
+        each. With `other_batch_size` that may be the batch size. Writes nothing.
 
         Raises `ValueError` where the folder holds another run, or something else; with `start_anew` only what is no
         part of a run is refused.
         """
         if saved is not None:
             lost = [] if self._has_config() else [f"{self.config} cannot be read; it is that of the newest step again"]
-            return lost + self._compare(saved.to_dict(), config.to_dict())
+            return lost + self._compare(saved.to_dict(), config.to_dict(), other_batch_size)
         if self._is_new():
             return []
         there = sorted(entry.name for entry in self.path.iterdir() if entry.name != LOCK)
@@ -167,7 +171,7 @@ class RunFolder:
         """Whether `metrics.jsonl` has a line of `split` at `step`."""
         return any(record["step"] == step and record["split"] == split for record in self.read_metrics())
 
-    def _compare(self, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    def _compare(self, saved: dict[str, Any], now: dict[str, Any], other_batch_size: bool) -> list[str]:
         broken, changes = [], []
         for section in now:
             if not isinstance(now[section], dict):
@@ -177,11 +181,13 @@ class RunFolder:
                 if old == new:
                     continue
                 fixed = section in FIXED and (FIXED[section] is None or field in FIXED[section])
+                fixed = fixed and not (other_batch_size and (section, field) == BATCH_SIZE)
                 (broken if fixed else changes).append(f"{section}.{field} was {old}, now {new}")
         if broken:
+            alone = len(broken) == 1 and broken[0].startswith(".".join(BATCH_SIZE))
             raise ValueError(
                 f"{self.path} holds another run: {'; '.join(broken)}; choose another --run-dir, or leave the settings "
-                "as saved"
+                f"as saved{', or go on with it from the same sample: --other-batch-size' if alone else ''}"
             )
         return [f"changed since it was saved: {change}" for change in changes]
 

@@ -18,6 +18,7 @@ from artifex.scaling.axes import resolve
 from artifex.scaling.checkpoints import Checkpoints
 from artifex.scaling.manifest import CheckpointError
 from artifex.scaling.placement import kept_names, size_text
+from artifex.scaling.retention import Retention
 from artifex.scaling.strategies import combine, strategies_for
 
 LISTED = 20  # differing arrays that are listed
@@ -53,9 +54,11 @@ def chosen(path: str | Path, step: int | None = None) -> tuple[Path, int]:
 
 
 def listing(path: str | Path) -> list[str]:
-    """A line for each step, and for what was set aside or never finished. Reads manifests and sizes, no array."""
+    """A line for each step, with why it is kept by the settings of the newest, and for what was set aside or never
+    finished. Reads manifests and sizes, no array."""
     folder, one = located(path)
-    rows = [("step", "size", "arrays", "files", "saved", "state")]
+    rows = [("step", "size", "arrays", "files", "saved", "kept as", "state")]
+    kept = _kept(folder)
     found = sorted((_key(entry.name), entry) for entry in folder.iterdir() if _key(entry.name))
     for _, entry in found:
         number, _, aside = entry.name.partition(".")
@@ -65,17 +68,29 @@ def listing(path: str | Path) -> list[str]:
             body = manifest.read(entry, int(number))
         except CheckpointError as error:
             state = ASIDE["saving"] if aside.startswith("saving") else str(error)
-            rows.append((entry.name, size_text(_bytes_below(entry)), "", "", "", state))
+            rows.append((entry.name, size_text(_bytes_below(entry)), "", "", "", "", state))
             continue
         files = body["files"]
         problems = [problem for name in files if (problem := manifest.wrong_size(entry, name, files[name]))]
         state = ASIDE["left"] if aside else "complete"
         when = datetime.fromtimestamp((entry / manifest.NAME).stat().st_mtime).strftime("%Y-%m-%d %H:%M")
         size = size_text(sum(file["size"] for file in files.values()))
-        rows.append((entry.name, size, str(len(body["arrays"])), str(len(files)), when, (problems or [state])[0]))
+        why = "" if aside else ", ".join(kept.get(int(number), []))
+        rows.append((entry.name, size, str(len(body["arrays"])), str(len(files)), when, why, (problems or [state])[0]))
     if len(rows) == 1:
         raise FileNotFoundError(f"{folder} holds no step")
     return [str(folder), *_aligned(rows)]
+
+
+def _kept(folder: Path) -> dict[int, list[str]]:
+    """Each complete step that stays, and why, by the settings that the newest was saved with."""
+    with Checkpoints(folder) as checkpoints:
+        beside = {step: checkpoints.metadata(step) for step in checkpoints.steps()}
+    if not beside:
+        return {}
+    config = beside[max(beside)].get("config", {})
+    rule = Retention.of(config.get("checkpoint", {}))
+    return rule.kept({step: rule.value(metadata) for step, metadata in beside.items()})
 
 
 def shown(path: str | Path, step: int | None = None, mesh: Mapping[str, int] | None = None) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,12 @@ import jax
 from artifex.scaling import processes
 from artifex.scaling.manifest import CheckpointError
 from artifex.scaling.placement import size_text
+from artifex.training.position import told
 
 if TYPE_CHECKING:
     from artifex.training.loop import Run
     from artifex.training.state import TrainState
+    from artifex.training.task import Metrics
 
 
 class Saver:
@@ -26,16 +29,18 @@ class Saver:
         self.tried = run.start
         self.failed = 0
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Begin to save `step`, once the save before has ended. Raises `CheckpointError` where one of them fails and
-        `checkpoint.on_failure` is "stop"."""
+    def save(self, step: int, state: TrainState, validation: Metrics | None = None) -> None:
+        """Begin to save `step`, with what its `validation` measured, once the save before has ended. Raises
+        `CheckpointError` where one of them fails and `checkpoint.on_failure` is "stop"."""
         run, self.tried = self.run, step
         if processes.is_first() and not run.folder.samples.is_dir():  # the folder vanished, or lost it
             self._attempt(lambda: run.folder.lay_out(run.config), step)
             self._attempt(lambda: run.task.save_beside(run.folder.path), step)
-        data = {"fingerprint": run.task.corpus.fingerprint, "batches": step}
+        beside = {**run.blue.metadata(), "data": told(run.task, step)}
+        if validation is not None:  # by which `checkpoint.keep_best` judges
+            beside["validation"] = {name: value for name, value in validation.items() if math.isfinite(value)}
         self._attempt(run.checkpoints.wait, step)
-        self._attempt(lambda: run.checkpoints.save(step, state, {**run.blue.metadata(), "data": data}), step)
+        self._attempt(lambda: run.checkpoints.save(step, state, beside), step)
 
     def look(self, step: int) -> None:
         """Whether the save under way has failed, without waiting for it. Raises as `save`."""

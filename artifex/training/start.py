@@ -21,11 +21,12 @@ from artifex.config import Config
 from artifex.data.tokenizers import ByteTokenizer, load_tokenizer
 from artifex.models.weights import TOKENIZER, described_params, read_some
 from artifex.models.weights_config import read_config
-from artifex.scaling import manifest
+from artifex.scaling import manifest, placement
 from artifex.scaling.checkpoints import Checkpoints
 from artifex.scaling.leaves import nested
 from artifex.training.frozen import fresh_state
 from artifex.training.restore import SavedStep, find_step
+from artifex.training.start_rows import Rows, check_ids, known_rows, put, told, whole
 from artifex.training.state import Blueprint, TrainState, frozen_of, mark_whole, within
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]  # by path, "embed/table"
@@ -58,6 +59,7 @@ class Match:
     source: Source
     under: str
     taken: frozenset[str]
+    rows: Mapping[str, Rows]  # by our path: arrays of which a part is taken
     fresh: tuple[str, ...]  # why each of the other arrays of ours is not taken
     notes: tuple[str, ...]  # what else differs
 
@@ -72,7 +74,8 @@ def check(config: Config) -> None:
     _, trained, rest = nnx.split(abstract, nnx.Param, ...)
     frozen_of(config, trained)
     if config.training.start_from is not None:
-        match(config, by_path(nnx.to_pure_dict(trained)), by_path(nnx.to_pure_dict(rest)))
+        params, buffers = nnx.to_pure_dict(trained), nnx.to_pure_dict(rest)
+        match(config, by_path(params), by_path(buffers), _named(params, placement.names_of(trained)))
 
 
 def start_state(blue: Blueprint) -> tuple[TrainState, list[str]]:
@@ -86,10 +89,14 @@ def start_state(blue: Blueprint) -> tuple[TrainState, list[str]]:
     if start_from is None:
         return fresh_state(blue), []
     params, buffers = by_path(blue.state.params), by_path(blue.state.buffers)
-    found = match(blue.config, params, buffers)
+    found = match(blue.config, params, buffers, _named(blue.state.params, blue.names))
     state = blue.init() if found.taken.issuperset(buffers) else fresh_state(blue)
     wanted = {path.removeprefix(found.under): (params | buffers)[path] for path in sorted(found.taken)}
     arrays = {found.under + path: array for path, array in found.source.read(wanted).items()}
+    random = by_path(state.params)
+    for path, rows in found.rows.items():
+        name = path.removeprefix(found.under)
+        arrays[path] = put(random[path], found.source.read({name: whole(params[path], rows)})[name], rows)
     state.params, state.buffers = replaced(state.params, arrays), replaced(state.buffers, arrays)
     if state.ema is not None:
         shardings = (blue.shardings.ema, blue.shardings.ema_buffers)
@@ -97,12 +104,17 @@ def start_state(blue: Blueprint) -> tuple[TrainState, list[str]]:
         state.ema, state.ema_buffers = copy((state.params, within(state.buffers, state.ema_buffers)))
     numbers = sum(math.prod(leaf.shape) for leaf in wanted.values())
     lines = [f"started from {start_from}: {len(wanted)} arrays, {numbers:,} numbers", *found.notes]
+    if blue.config.training.start_from_partial:
+        lines.append(f"taken of {start_from}: {', '.join(f'{path}{list(wanted[path].shape)}' for path in wanted)}")
+    lines += [f"taken in part: {told(path, params[path].shape, rows)}" for path, rows in found.rows.items()]
     return state, [*lines, *(f"fresh, not from {start_from}: {line}" for line in found.fresh)]
 
 
-def match(config: Config, params: Shapes, buffers: Shapes) -> Match:
-    """What of `training.start_from` fits our arrays. Raises `ValueError` with what does not, by name; where the start
-    is partial, only if nothing fits."""
+def match(config: Config, params: Shapes, buffers: Shapes, names: Mapping[str, tuple[str, ...]]) -> Match:
+    """What of `training.start_from` fits our arrays, where `names` are the logical axes of `params`.
+
+    Raises `ValueError` with what does not fit, by name; where the start is partial, only if nothing fits.
+    """
     where, partial = config.training.start_from, config.training.start_from_partial
     assert where is not None
     source = open_source(where)
@@ -112,19 +124,22 @@ def match(config: Config, params: Shapes, buffers: Shapes) -> Match:
     theirs = {under + path: leaf for path, leaf in source.arrays.items()}
     # a part that the model freezes comes from its own folder, where the source lacks it
     ours = dict(params) | {path: leaf for path, leaf in buffers.items() if path.startswith(under)}
+    rows = known_rows(config, names, params, theirs)
+    if rows:
+        check_ids(config, source.tokenizer)
     fresh = [
         f"{path}{list(leaf.shape)}" + (f", there {list(theirs[path].shape)}" if path in theirs else ", there nothing")
         for path, leaf in ours.items()
-        if path not in theirs or theirs[path].shape != leaf.shape
+        if (path not in theirs or theirs[path].shape != leaf.shape) and path not in rows
     ]
     unused = [f"{path}{list(leaf.shape)}" for path, leaf in theirs.items() if path not in ours]
     taken = frozenset(path for path in ours if path in theirs and theirs[path].shape == ours[path].shape)
-    if not taken:
+    if not taken and not rows:
         raise ValueError(f"training.start_from {where} holds nothing that fits {config.model.name!r}: {_some(fresh)}")
     if partial:
         notes += [f"{key} was {there}, is {here}" for key, there, here in settings]
         notes += [f"not used of {where}: {', '.join(unused)}"] if unused else []
-        return Match(source, under, taken, tuple(fresh), tuple(notes))
+        return Match(source, under, taken, rows, tuple(fresh), tuple(notes))
     wrong = [f"{key} is {there} there and {here} here" for key, there, here in settings]
     wrong += fresh + [f"{path}, here nothing" for path in unused]
     if wrong:
@@ -134,7 +149,7 @@ def match(config: Config, params: Shapes, buffers: Shapes) -> Match:
             f"training.start_from {where} does not fit {config.model.name!r}: {_some(wrong)}; {remedy}leave what does "
             "not fit fresh: --training.start-from-partial=true"
         )
-    return Match(source, under, taken, (), tuple(notes))
+    return Match(source, under, taken, {}, (), tuple(notes))
 
 
 def open_source(where: str) -> Source:
@@ -228,6 +243,11 @@ def _tokenizer_differs(config: Config, source: Source) -> list[str]:
     if not config.training.start_from_partial:
         raise ValueError(f"{says}; take theirs along: --data.tokenizer={source.tokenizer}")
     return [says]
+
+
+def _named(tree: Any, names: Any) -> dict[str, tuple[str, ...]]:
+    """The logical axes of each array, by its path."""
+    return {path: axes for path, _, axes in placement.leaves_with_names(tree, names)}
 
 
 def by_path(tree: Any) -> dict[str, Any]:

@@ -54,8 +54,15 @@ class Task(Protocol):
     """A data set opened for a configuration.
 
     `noun` is what a step counts, "tokens" or "images", `per_step` how many of them. Of a batch of B rows, a `part`
-    (p, P) holds the rows [p B/P, (p+1) B/P): whichever process makes it, the batch is the same.
+    (p, P) holds the rows [p B/P, (p+1) B/P): whichever process makes it, the batch is the same. After `step` steps
+    `step` * B + `shift` rows were drawn: see `artifex.training.position`.
     """
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def shift(self) -> int: ...
 
     @property
     def corpus(self) -> Corpus: ...

@@ -29,6 +29,7 @@ class TextTask:
     config: Config
     corpus: TextCorpus
     noun: str = "tokens"
+    shift: int = 0
 
     @classmethod
     def open(cls, config: Config, folder: RunFolder) -> TextTask:
@@ -68,6 +69,7 @@ class TextTask:
             sequence_length=self.config.data.sequence_length,
             seed=self.config.training.seed,
             vocab_size=self.corpus.vocab_size,
+            shift=self.shift,
             process_index=part[0],
             process_count=part[1],
         )
