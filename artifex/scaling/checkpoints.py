@@ -145,6 +145,11 @@ class Checkpoints:
         """The newest complete step."""
         return max(self.steps(), default=None)
 
+    def what_stays(self) -> str:
+        """A clause on what is saved, as the file system has it now."""
+        newest = self.latest()
+        return f"no step is saved in {self.folder}" if newest is None else f"step {newest} is saved"
+
     def newest_restorable(self) -> tuple[int | None, list[str]]:
         """The newest step whose every file matches its checksum, and a sentence on each newer one that was skipped."""
         self.wait()
