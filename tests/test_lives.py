@@ -31,8 +31,8 @@ def lines():
             end.close()
 
 
-def zero(lines, said, limit=1.0):
-    return Lives(0, {process: pair[0] for process, pair in lines.items()}, HOSTS, limit, said.put)
+def zero(lines, said, limit=1.0, patience=60.0):
+    return Lives(0, {process: pair[0] for process, pair in lines.items()}, HOSTS, limit, said.put, patience)
 
 
 def other(process, lines, said, limit=1.0):
@@ -44,14 +44,14 @@ def closed(line):
 
 
 @contextlib.contextmanager
-def living(line):
+def living(line, says=b"\n"):
     """Something at the other end that says it lives, and nothing more."""
     end = threading.Event()
 
     def say():
         while not end.wait(0.05):
             with contextlib.suppress(OSError):
-                line.send(b"\n")
+                line.send(says)
 
     thread = threading.Thread(target=say, daemon=True)
     thread.start()
@@ -133,6 +133,44 @@ def test_a_line_without_end_is_broken_off(lines, monkeypatch):
         for _ in range(3):
             lines[1][1].sendall(b"x" * 900)
         assert "process 1 of 4, on b, is lost: its connection broke" in said.get(timeout=2)
+
+
+@pytest.mark.parametrize(
+    ("places", "says"),
+    [
+        (
+            (83, 83, 82, 83),
+            "process 2 of 4, on c, is lost: it lives, but reads the batch of step 41 for more than 0.3 s",
+        ),
+        ((83, 83, 83, 83), "process 3 of 4, on d, is lost: it lives, but computes step 41 for more than 0.3 s"),
+        ((0, 83, 82, 83), None),
+        ((83, 83, 0, 83), None),
+    ],
+)
+def test_who_is_behind_for_too_long_is_lost_though_it_lives(places, says, lines):
+    said = queue.Queue()
+    with contextlib.ExitStack() as stack:
+        for process in (1, 2, 3):
+            stack.enter_context(living(lines[process][1], b"%d\n" % places[process]))
+        zero(lines, said, patience=0.3).place = places[0]
+        if says is None:
+            with pytest.raises(queue.Empty):
+                said.get(timeout=0.8)
+        else:
+            assert (sentence := said.get(timeout=2)).endswith(says)
+            assert sentence.count("is lost") == places.count(min(places)) - (places[0] == min(places))
+
+
+def test_steps_that_go_on_are_not_stuck(lines):
+    said = queue.Queue()
+    with contextlib.ExitStack() as stack:
+        for process in (1, 2, 3):
+            stack.enter_context(living(lines[process][1], b"1000\n"))
+        own = zero(lines, said, patience=0.5)
+        for place in range(2, 12):  # behind all others, and going on
+            own.place = place
+            time.sleep(0.1)
+        assert said.empty()
 
 
 def test_a_process_alone_has_no_thread_and_nothing_to_do_at_its_end():

@@ -181,6 +181,7 @@ def test_how_processes_meet_is_no_part_of_the_run():
         (["distributed=maybe"], "device.distributed must be 'auto', 'on' or 'off'"),
         (["processes=two"], "device.processes must be a valid integer or null, got 'two'"),
         (["lost-after=2"], "--device.lost-after is 2; give at least 3 seconds"),
+        (["lost-after=90", "stuck-after=60"], "--device.stuck-after is 60, below --device.lost-after, 90; give more"),
         (["wait=0"], "--device.wait is 0; give at least 1 second"),
         (["procesid=0"], "--device.procesid is unknown; did you mean --device.process-id?"),
     ],

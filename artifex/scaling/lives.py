@@ -1,8 +1,9 @@
 """The processes of a run tell each other that they live: one that is lost is named, and the others leave.
 
 Each has a line to process 0, kept from the roll call, on which a thread says every second that its process lives,
-whatever its main thread waits for. A line that breaks, or on which nothing is heard for a while, is a loss. Process 0
-tells it to the others. Importing this imports no JAX.
+whatever its main thread waits for, and where that one stands. A line that breaks, or on which nothing is heard for a
+while, is a loss, and so is a main thread that stands still. Process 0 tells it to the others. Importing this imports no
+JAX.
 """
 
 from __future__ import annotations
@@ -38,8 +39,12 @@ class Line:
 class Lives:
     """What process `me` hears of the others over `lines`, from a thread of its own.
 
-    `hosts` are those of all processes, by which they are named. Where one is lost, said nothing for `limit` seconds or
-    broke off, `end` is called with a sentence, in that thread; `lost` is set before.
+    `hosts` are those of all processes, by which they are named. Where one is lost, said nothing for `limit` seconds,
+    broke off, or is the last whose main thread stands at one place for `patience` seconds, `end` is called with a
+    sentence, in that thread; `lost` is set before.
+
+    `place`, which the main thread sets, counts what all do alike: twice the step, and 1 more once the batch is there;
+    0 is a place where any time may pass, and while one process is there none is judged by its place.
     """
 
     def __init__(
@@ -49,9 +54,12 @@ class Lives:
         hosts: Sequence[str],
         limit: float,
         end: Callable[[str], None],
+        patience: float = float("inf"),
     ):
         now = time.monotonic()
-        self.me, self.hosts, self.limit, self.end = me, hosts, limit, end
+        self.me, self.hosts, self.limit, self.end, self.patience = me, hosts, limit, end, patience
+        self.place = 0
+        self._places: dict[int, tuple[int, float]] = {}  # where each stands, and since when
         self.lines = {process: Line(line, now) for process, line in lines.items()}
         self.lost = threading.Event()
         self._sending = threading.Lock()
@@ -78,11 +86,12 @@ class Lives:
                     for line in self.lines.values():
                         line.heard = now
                 looked = now
-                lost = self._silent(now) | lost
+                self._stands(self.me, self.place)
+                lost = self._silent(now) | (self._stuck(now) if self.me == 0 else {}) | lost
                 since = now if not before else since
                 if now - beaten >= BEAT:
                     beaten = now
-                    self._say(b"")
+                    self._say(b"%d" % self.place)
         self.lost.set()
         self._say(json.dumps({"lost": [*lost.items()][:TOLD]}).encode())
         self.end(self._sentence(lost))
@@ -94,6 +103,20 @@ class Lives:
             for process, line in self.lines.items()
             if now - line.heard > self.limit
         }
+
+    def _stuck(self, now: float) -> dict[int, str]:
+        """The last of all processes, where they stand at one place for too long, and what they do there."""
+        if len(self._places) < len(self.hosts) or not (last := min(place for place, _ in self._places.values())):
+            return {}
+        what = f"computes step {last // 2}" if last % 2 else f"reads the batch of step {last // 2}"
+        behind = {process: since for process, (place, since) in self._places.items() if place == last}
+        if now - max(behind.values()) <= self.patience:
+            return {}
+        return dict.fromkeys(behind, f"it lives, but {what} for more than {self.patience:g} s")
+
+    def _stands(self, process: int, place: int) -> None:
+        if self._places.get(process, (None,))[0] != place:
+            self._places[process] = place, time.monotonic()
 
     def _listen(self, process: int, ready: selectors.BaseSelector) -> dict[int, str]:
         """What came over the line of a process: who is lost, and why."""
@@ -109,6 +132,9 @@ class Lives:
         lost: dict[int, str] = {}
         for words in filter(None, said):
             line.left = line.left or words == BYE
+            if words.isdigit():
+                self._stands(process, int(words[:20]))
+                continue
             # what is none of ours says nothing
             with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
                 lost |= {int(process): str(why) for process, why in json.loads(words)["lost"]}

@@ -52,9 +52,8 @@ class Start:
     processes: int | None = None  # how many there are
     process_id: int | None = None  # which of them this is, from 0
     wait: int = 300  # seconds that processes wait for each other to start
-    lost_after: int = (
-        60  # seconds without a sign of life after which a process is lost, and the others leave; at least 3
-    )
+    lost_after: int = 60  # seconds without a sign of life after which a process is lost; at least 3
+    stuck_after: int = 600  # seconds in one step after which the process that is behind is lost, though it lives
 
     def __post_init__(self) -> None:
         by_hand = {"coordinator": self.coordinator, "processes": self.processes, "process-id": self.process_id}
@@ -75,6 +74,11 @@ class Start:
             raise ValueError(f"--device.wait is {self.wait}; give at least 1 second")
         if self.lost_after < 3:  # a sign of life comes every second
             raise ValueError(f"--device.lost-after is {self.lost_after}; give at least 3 seconds")
+        if self.stuck_after < self.lost_after:
+            raise ValueError(
+                f"--device.stuck-after is {self.stuck_after}, below --device.lost-after, {self.lost_after}; give more "
+                "than the longest step takes"
+            )
         if self.coordinator is not None:
             try:
                 address(self.coordinator)
@@ -95,7 +99,7 @@ def start(how: Start, asks: Mapping[str, Any]) -> None:
     if coordinator is None or processes is None or process_id is None or processes == 1:
         return
     met = roll_call(coordinator, processes, process_id, {**asks, "artifex-code": _code()}, how.wait)
-    _lives = Lives(process_id, met.lines, met.hosts, how.lost_after, _end_by_loss)
+    _lives = Lives(process_id, met.lines, met.hosts, how.lost_after, _end_by_loss, how.stuck_after)
     before_exit.append(_lives.leave)
     atexit.register(_lives.leave)  # before JAX's own, so that it comes after that
     import jax
@@ -144,6 +148,13 @@ def _detected(how: Start) -> tuple[str | None, int | None, int | None]:
             "--device.processes and --device.process-id"
         )
     return found[:3]
+
+
+def stands(step: int | None, *, computes: bool = False) -> None:
+    """Note where the main thread is: at a step of which it reads the batch, or which it `computes`; None: where any
+    time may pass."""
+    if _lives is not None:
+        _lives.place = 0 if step is None else 2 * step + computes
 
 
 def count() -> int:
