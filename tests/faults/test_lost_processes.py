@@ -17,7 +17,7 @@ from artifex.scaling.checkpoints import Checkpoints
 
 LIMIT = 4  # seconds without a sign of life
 ENDLESS = ["--training.steps=1000000", "--checkpoint.every=2", "--logging.every=2", "--device.data=2"]
-# `artifex.train` where the main thread of process 1 is busy for long before the first step, or begins to hang later
+# `artifex.train` where the main thread of process 1 is busy for long before the first step
 SLOW = """
 import sys, time
 from artifex import train
@@ -26,6 +26,18 @@ def slow(run):
     time.sleep(8 if "--device.process-id=1" in sys.argv else 0)
     return prepare(run)
 train.prepare = slow
+train.main()
+"""
+# and where that of one process hangs at its 8th batch, as in a file system that does not answer
+HANGING = """
+import itertools, sys, time
+from artifex import train
+from artifex.training.state import Blueprint
+number, placed, count = sys.argv.pop(1), Blueprint.placed, itertools.count()
+def hanging(blue, batch):
+    time.sleep(1000 if f"--device.process-id={number}" in sys.argv and next(count) == 8 else 0)
+    return placed(blue, batch)
+Blueprint.placed = hanging
 train.main()
 """
 
@@ -40,7 +52,7 @@ def started(folder, *words, only=(0, 1), program=None, env=lambda process: {}):
     """Processes 0 and 1 of a run, or one of them; whatever is left of them is ended at the end."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    begin = ["-m", "artifex.train"] if program is None else ["-c", program]
+    begin = ["-m", "artifex.train"] if program is None else program
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     running = []
     for process in only:
@@ -54,6 +66,12 @@ def started(folder, *words, only=(0, 1), program=None, env=lambda process: {}):
             if process.poll() is None:
                 process.kill()
             process.communicate()
+
+
+def script(folder, text, *words):
+    """The text as a program, to be started with these words."""
+    (folder / "program.py").write_text(text)
+    return [str(folder / "program.py"), *words]
 
 
 def saved(run, processes, after=0, within=120):
@@ -167,10 +185,28 @@ def test_another_artifex_of_the_same_version_is_refused_by_all(folder, tmp_path)
 @pytest.mark.slow
 def test_a_process_that_is_busy_for_long_is_not_lost(folder, tmp_path):
     words = ["--run-dir", str(tmp_path / "run"), "--device.data=2", "--training.steps=4"]
-    with started(folder, *words, program=SLOW) as processes:
+    with started(folder, *words, program=script(tmp_path, SLOW)) as processes:
         ended = [process.communicate(timeout=120) for process in processes]
         assert [process.returncode for process in processes] == [0, 0], ended
     assert (tmp_path / "run" / "weights").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hangs", [0, 1])
+def test_a_process_that_lives_and_hangs_is_named_by_both(hangs, folder, tmp_path):
+    words = ["--run-dir", str(tmp_path / "run"), *ENDLESS, "--device.stuck-after=5"]
+    with started(folder, *words, program=script(tmp_path, HANGING, str(hangs))) as processes:
+        saved(tmp_path / "run", processes)
+        ended = [left(process, 50) for process in processes]
+    why = r"it lives, but reads the batch of step \d+ for more than 5 s; step \d+ is saved; start all"
+    for process, (code, err) in enumerate(ended):
+        who = (
+            f"this process, {hangs} of 2, was taken for lost by the others"
+            if process == hangs
+            else f"process {hangs} of 2, on {socket.gethostname()}, is lost"
+        )
+        assert code == 1 and is_one_sentence(err), err
+        assert re.fullmatch(rf"error: {re.escape(who)}: {why}.*\n", err), err
 
 
 @pytest.mark.slow
