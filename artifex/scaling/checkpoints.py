@@ -60,7 +60,8 @@ class Checkpoints:
         self._last = -1  # the step this object saved last
         self._pending: tuple[int, Future[None]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._orbax = _checkpointer()
+        self._attempt = ""  # what the processes call the save under way
+        self._orbax = _checkpointer(self._meet)
         atexit.register(self.close)  # so that a lost save is an error at exit, not silence
 
     def __enter__(self) -> Checkpoints:
@@ -109,12 +110,13 @@ class Checkpoints:
                 problem = self._reason(error)
         if problem := processes.first_says(problem):  # in Orbax the others would wait for the first
             raise self._unsaved(step, problem)
+        self._attempt, self._meetings = attempt.name, itertools.count()
         try:
             self._orbax.save(attempt / _ARRAYS, args=ocp.args.PyTreeSave(leaves.nested(arrays)))
         except OSError as error:
-            self._orbax = _checkpointer()  # what is left of the failed save is not told to the next
+            self._orbax = _checkpointer(self._meet)  # what is left of the failed save is not told to the next
             raise self._unsaved(step, self._reason(error)) from error
-        self._pending = step, self._thread.submit(self._finish, step, attempt, body)
+        self._pending = step, self._thread.submit(self._finish_or_say, step, attempt, body)
         if not self.asynchronous:
             self.wait()
 
@@ -210,6 +212,17 @@ class Checkpoints:
         found = leaves.by_path(restored)
         return jax.tree.unflatten(jax.tree.structure(target), [found[path] for path in wanted])
 
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's barriers in the background: where one process has failed, the others need not wait for it."""
+        processes.meet(f"{self._attempt}/{next(self._meetings)}", f"{self._attempt}/failed", timeout_ms / 1000)
+
+    def _finish_or_say(self, step: int, attempt: Path, body: dict[str, Any]) -> None:
+        try:
+            self._finish(step, attempt, body)
+        except BaseException as error:
+            processes.say_failed(f"{attempt.name}/failed", self._reason(error))
+            raise
+
     def _finish(self, step: int, attempt: Path, body: dict[str, Any]) -> None:
         # The background thread: Orbax's own barriers have let every process finish writing when it returns.
         self._orbax.wait_until_finished()
@@ -303,12 +316,12 @@ class Checkpoints:
         return CheckpointError(f"step {step} in {self.folder} cannot be restored: {problem}; {remedy}")
 
 
-def _checkpointer() -> ocp.AsyncCheckpointer:
+def _checkpointer(meet: Callable[..., None]) -> ocp.AsyncCheckpointer:
     # In the background Orbax makes no folder and keeps no notes: its writers would wait ten minutes for a folder that
     # cannot be made, and so would the exit; and notes that fail would be told to the next save.
     return ocp.AsyncCheckpointer(
         _handler(),
-        async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+        async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False, barrier_sync_fn=meet),
         checkpoint_metadata_store=ocp.metadata.metadata_store(enable_write=True, blocking_write=True),
     )
 

@@ -29,6 +29,7 @@ from artifex.scaling.roll_call import address, on_loopback, roll_call
 from artifex.scaling.unbroken import way_to
 
 LONG = 30 * 24 * 3600  # seconds; that a process is lost is found by `lives` long before
+LOOK = 0.2  # seconds between two looks at whether another failed
 GRACE = 2.0  # seconds that a process has to end by an error of its own before that of another ends it
 CLOSING = 3.0  # seconds that may be spent on what is done last, where a lost process may have taken a disk along
 _FAILED = "artifex/failed"
@@ -199,6 +200,32 @@ def all_say(value: Any) -> list[Any]:
 def first_says(value: Any) -> Any:
     """What process 0 says, on all: for what is read from a file system, where two may see different things."""
     return all_say(value if is_first() else None)[0]
+
+
+def meet(word: str, failed: str, seconds: float) -> None:
+    """Return when all have come to `word`, in any thread. Raises `OSError` as soon as one has said `failed`."""
+    store, ended = _store(), list[str]()
+
+    def wait() -> None:
+        with contextlib.suppress(RuntimeError):  # that the time is over is found below
+            store.wait_at_barrier(f"artifex/{word}", int(seconds * 1000))
+            ended.append(word)
+
+    waiting = threading.Thread(target=wait, name="meet", daemon=True)  # left behind where one fails: it holds nothing
+    waiting.start()
+    while waiting.is_alive():
+        waiting.join(LOOK)
+        with contextlib.suppress(RuntimeError):  # nobody has said so
+            raise OSError(store.key_value_try_get(f"artifex/{failed}"))
+    if word not in ended:
+        raise TimeoutError(f"not all processes came within {seconds:g} s")
+
+
+def say_failed(failed: str, problem: str) -> None:
+    """Let those who `meet` know that this process will not come. With one process nothing."""
+    if count() > 1:
+        with contextlib.suppress(RuntimeError):  # another has said so
+            _store().key_value_set(f"artifex/{failed}", f"process {index()}: {problem}")
 
 
 def check_alike(what: str, value: str) -> None:

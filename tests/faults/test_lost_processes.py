@@ -40,6 +40,23 @@ def hanging(blue, batch):
 Blueprint.placed = hanging
 train.main()
 """
+# and where process 1 cannot write its part of step 4
+FAILING = """
+import resource, sys
+from artifex import train
+from artifex.scaling import checkpoints
+save = checkpoints.Checkpoints.save
+def failing(self, step, tree, metadata):
+    fails = "--device.process-id=1" in sys.argv and step == 4
+    if fails:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16, resource.RLIM_INFINITY))
+    save(self, step, tree, metadata)
+    if fails:
+        self._pending[1].exception()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+checkpoints.Checkpoints.save = failing
+train.main()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +254,16 @@ def test_all_that_are_killed_leave_a_run_that_goes_on(folder, tmp_path):
     command = [sys.executable, "-m", "artifex.train", "c.json", *words, "--logging.every=2"]
     ended = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0 and f"resumed from step {step}" in ended.stdout, ended.stderr
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_on_one_process_fails_on_both_and_holds_neither(folder, tmp_path):
+    run = tmp_path / "run"
+    words = ["--run-dir", str(run), "--device.fsdp=2", "--training.steps=8", "--checkpoint.every=2"]
+    words += ["--logging.every=2", "--checkpoint.on-failure=go_on"]
+    with started(folder, *words, program=script(tmp_path, FAILING)) as processes:
+        ended = [process.communicate(timeout=120) for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], ended
+    assert "step 4 was not saved" in ended[0][0] and "process 1: " in ended[0][0] and "File too large" in ended[0][0]
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        assert checkpoints.newest_restorable() == (8, []) and checkpoints.steps() == [2, 6, 8]
