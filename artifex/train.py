@@ -172,6 +172,7 @@ def _opened(
     os.environ.update(blue.collectives.environment)  # NCCL reads it when the devices first talk
     # sharded init or restore
     checkpoints = Checkpoints(folder.checkpoints, keep=Retention.of(config.checkpoint.model_dump()))
+    processes.what_stays[:] = [checkpoints.what_stays]
     with explained("out of memory while the state was made or restored"):
         state, start, task, notes = begin(blue, checkpoints, task, start_anew, replay)
     # how latents are scaled is part of what is trained: measured once, and kept with the configuration

@@ -31,9 +31,13 @@ def meet(port, *told, wait=5.0, host="127.0.0.1"):
     def one(process, count, asks, late=0.0):
         time.sleep(late)
         try:
-            roll_call(f"{host}:{port}", count, process, asks, wait)
+            met = roll_call(f"{host}:{port}", count, process, asks, wait)
         except RollCallError as error:
             return str(error)
+        others = set(range(1, count)) if process == 0 else {0}
+        assert met.lines.keys() == others and met.hosts == [socket.gethostname()] * count
+        for line in met.lines.values():
+            line.close()
         return ""
 
     with ThreadPoolExecutor(len(told)) as pool:
@@ -126,7 +130,7 @@ def test_two_processes_of_one_number_are_refused_but_one_that_was_started_again_
         first = pool.submit(meet, port, (0, 3, SEED))
         while True:  # a process that came and was killed
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as killed:
-                killed.sendall(calls._line({"process": 1, "processes": 3, "asks": SEED}))
+                killed.sendall(calls._line({"process": 1, "processes": 3, "asks": SEED, "host": "a"}))
                 time.sleep(0.2)
                 break
         assert meet(port, (1, 3, SEED), (2, 3, SEED)) == ["", ""] and first.result() == [""]
@@ -176,6 +180,8 @@ def test_how_processes_meet_is_no_part_of_the_run():
         (["coordinator=a:1", "processes=2", "process-id=0", "distributed=off"], "is off beside --device.coordinator"),
         (["distributed=maybe"], "device.distributed must be 'auto', 'on' or 'off'"),
         (["processes=two"], "device.processes must be a valid integer or null, got 'two'"),
+        (["lost-after=2"], "--device.lost-after is 2; give at least 3 seconds"),
+        (["lost-after=90", "stuck-after=60"], "--device.stuck-after is 60, below --device.lost-after, 90; give more"),
         (["wait=0"], "--device.wait is 0; give at least 1 second"),
         (["procesid=0"], "--device.procesid is unknown; did you mean --device.process-id?"),
     ],
@@ -193,6 +199,7 @@ SLURM = {"JOB_ID": "7", "STEP_NODELIST": "node[003-006]", "NTASKS": "4", "PROCID
 def test_slurm_is_detected_unless_it_is_not_to_be(monkeypatch):
     met = []
     monkeypatch.setattr(processes, "roll_call", lambda *told: met.append(told) or exit())
+    monkeypatch.setattr(processes, "_code", lambda: "c0de")
     for name, value in SLURM.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     processes.start(Start("off"), {})
@@ -200,7 +207,7 @@ def test_slurm_is_detected_unless_it_is_not_to_be(monkeypatch):
     for how in ("auto", "on"):
         with pytest.raises(SystemExit):
             processes.start(Start(how, wait=9), {"seed": 0})
-    assert met == [("node003:61447", 4, 2, {"seed": 0}, 9)] * 2  # 65536 - 4096 + 7
+    assert met == [("node003:61447", 4, 2, {"seed": 0, "artifex-code": "c0de"}, 9)] * 2  # 65536 - 4096 + 7
     monkeypatch.setenv("SLURM_NTASKS", "1")
     processes.start(Start("on"), {})
     assert len(met) == 2

@@ -59,7 +59,8 @@ class Checkpoints:
         self._last = -1  # the step this object saved last
         self._pending: tuple[int, Future[None]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._orbax = _checkpointer()
+        self._attempt = ""  # what the processes call the save under way
+        self._orbax = _checkpointer(self._meet)
         atexit.register(self.close)  # so that a lost save is an error at exit, not silence
 
     def __enter__(self) -> Checkpoints:
@@ -108,12 +109,13 @@ class Checkpoints:
                 problem = self._reason(error)
         if problem := processes.first_says(problem):  # in Orbax the others would wait for the first
             raise self._unsaved(step, problem)
+        self._attempt, self._meetings = attempt.name, itertools.count()
         try:
             self._orbax.save(attempt / _ARRAYS, args=ocp.args.PyTreeSave(leaves.nested(arrays)))
         except OSError as error:
-            self._orbax = _checkpointer()  # what is left of the failed save is not told to the next
+            self._orbax = _checkpointer(self._meet)  # what is left of the failed save is not told to the next
             raise self._unsaved(step, self._reason(error)) from error
-        self._pending = step, self._thread.submit(self._finish, step, attempt, body)
+        self._pending = step, self._thread.submit(self._finish_or_say, step, attempt, body)
         if not self.asynchronous:
             self.wait()
 
@@ -143,6 +145,11 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest complete step."""
         return max(self.steps(), default=None)
+
+    def what_stays(self) -> str:
+        """A clause on what is saved, as the file system has it now."""
+        newest = self.latest()
+        return f"no step is saved in {self.folder}" if newest is None else f"step {newest} is saved"
 
     def newest_restorable(self) -> tuple[int | None, list[str]]:
         """The newest step whose every file matches its checksum, and a sentence on each newer one that was skipped."""
@@ -213,6 +220,17 @@ class Checkpoints:
             args=ocp.args.PyTreeRestore(leaves.nested(wanted), restore_args=leaves.nested(how), partial_restore=True),
         )
         return leaves.by_path(restored)
+
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's barriers in the background: where one process has failed, the others need not wait for it."""
+        processes.meet(f"{self._attempt}/{next(self._meetings)}", f"{self._attempt}/failed", timeout_ms / 1000)
+
+    def _finish_or_say(self, step: int, attempt: Path, body: dict[str, Any]) -> None:
+        try:
+            self._finish(step, attempt, body)
+        except BaseException as error:
+            processes.say_failed(f"{attempt.name}/failed", self._reason(error))
+            raise
 
     def _finish(self, step: int, attempt: Path, body: dict[str, Any]) -> None:
         # The background thread: Orbax's own barriers have let every process finish writing when it returns.
@@ -308,12 +326,12 @@ class Checkpoints:
         return CheckpointError(f"step {step} in {self.folder} cannot be restored: {problem}; {remedy}")
 
 
-def _checkpointer() -> ocp.AsyncCheckpointer:
+def _checkpointer(meet: Callable[..., None]) -> ocp.AsyncCheckpointer:
     # In the background Orbax makes no folder and keeps no notes: its writers would wait ten minutes for a folder that
     # cannot be made, and so would the exit; and notes that fail would be told to the next save.
     return ocp.AsyncCheckpointer(
         _handler(),
-        async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+        async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False, barrier_sync_fn=meet),
         checkpoint_metadata_store=ocp.metadata.metadata_store(enable_write=True, blocking_write=True),
     )
 

@@ -1,33 +1,43 @@
 """Several processes as one run: how they find each other, which of them writes, and what they tell each other.
 
 Every process runs the same program on its own devices; what concerns all is told over the key-value store of JAX's
-coordinator, which needs no device. With one process every function here is the plain answer. Importing this imports
-no JAX.
+coordinator, which needs no device. That one is lost shows on lines of our own (`lives`). With one process every
+function here is the plain answer. Importing this imports no JAX.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import os
+import shlex
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal, ParamSpec
 
 from artifex.scaling import compiler_log
+from artifex.scaling.lives import Lives
 from artifex.scaling.roll_call import address, on_loopback, roll_call
+from artifex.scaling.unbroken import way_to
 
-LONG = 24 * 3600  # seconds; a process that died is found by its missing heartbeats long before
+LONG = 30 * 24 * 3600  # seconds; that a process is lost is found by `lives` long before
+LOOK = 0.2  # seconds between two looks at whether another failed
 GRACE = 2.0  # seconds that a process has to end by an error of its own before that of another ends it
+CLOSING = 3.0  # seconds that may be spent on what is done last, where a lost process may have taken a disk along
 _FAILED = "artifex/failed"
 before_exit: list[Callable[[], None]] = []  # what is done before a process ends without Python's own end
+what_stays: list[Callable[[], str]] = []  # what is told of the work that is kept when a process was lost
 Given = ParamSpec("Given")
 _leaving = threading.Event()
+_lives: Lives | None = None
 _words = itertools.count()  # alike in all processes, for all ask the same in the same order
 
 
@@ -43,6 +53,8 @@ class Start:
     processes: int | None = None  # how many there are
     process_id: int | None = None  # which of them this is, from 0
     wait: int = 300  # seconds that processes wait for each other to start
+    lost_after: int = 60  # seconds without a sign of life after which a process is lost; at least 3
+    stuck_after: int = 600  # seconds in one step after which the process that is behind is lost, though it lives
 
     def __post_init__(self) -> None:
         by_hand = {"coordinator": self.coordinator, "processes": self.processes, "process-id": self.process_id}
@@ -61,6 +73,13 @@ class Start:
             )
         if self.wait < 1:
             raise ValueError(f"--device.wait is {self.wait}; give at least 1 second")
+        if self.lost_after < 3:  # a sign of life comes every second
+            raise ValueError(f"--device.lost-after is {self.lost_after}; give at least 3 seconds")
+        if self.stuck_after < self.lost_after:
+            raise ValueError(
+                f"--device.stuck-after is {self.stuck_after}, below --device.lost-after, {self.lost_after}; give more "
+                "than the longest step takes"
+            )
         if self.coordinator is not None:
             try:
                 address(self.coordinator)
@@ -72,13 +91,18 @@ def start(how: Start, asks: Mapping[str, Any]) -> None:
     """Make this process one of its run, before anything else uses JAX; return at once where it is the only one.
 
     `asks` is what the process was asked for, JSON values by name, and must be alike on all. Raises `ValueError` within
-    the wait, on every process that came, where some do not come or were asked for something else.
+    the wait, on every process that came, where some do not come or were asked for something else. From then on a
+    process that is lost ends this one, by a sentence that names it and with code 1.
     """
+    global _lives
     by_hand = how.coordinator is not None
     coordinator, processes, process_id = (how.coordinator, how.processes, how.process_id) if by_hand else _detected(how)
     if coordinator is None or processes is None or process_id is None or processes == 1:
         return
-    roll_call(coordinator, processes, process_id, asks, how.wait)
+    met = roll_call(coordinator, processes, process_id, {**asks, "artifex-code": _code()}, how.wait)
+    _lives = Lives(process_id, met.lines, met.hosts, how.lost_after, _end_by_loss, how.stuck_after)
+    before_exit.append(_lives.leave)
+    atexit.register(_lives.leave)  # before JAX's own, so that it comes after that
     import jax
 
     # gloo's collectives and programs that are dispatched ahead share threads: after a hundred steps both stand still
@@ -86,6 +110,8 @@ def start(how: Start, asks: Mapping[str, Any]) -> None:
     # it takes SIGTERM away from Python, and with it the save that a signal asks for
     jax.config.update("jax_enable_preemption_service", False)
     host, port = address(coordinator)
+    if process_id != 0:
+        coordinator = way_to(host, port)
     jax.distributed.initialize(
         coordinator,
         processes,
@@ -93,6 +119,7 @@ def start(how: Start, asks: Mapping[str, Any]) -> None:
         cluster_detection_method="deactivate" if by_hand else None,
         initialization_timeout=max(how.wait, 60),  # all were there, and import JAX at different speeds
         coordinator_bind_address=f"{host}:{port}" if on_loopback(host) else None,
+        heartbeat_timeout_seconds=LONG,
     )
     if jax.default_backend() == "cpu":
         _let_gloo_talk_to_nobody()
@@ -122,6 +149,13 @@ def _detected(how: Start) -> tuple[str | None, int | None, int | None]:
             "--device.processes and --device.process-id"
         )
     return found[:3]
+
+
+def stands(step: int | None, *, computes: bool = False) -> None:
+    """Note where the main thread is: at a step of which it reads the batch, or which it `computes`; None: where any
+    time may pass."""
+    if _lives is not None:
+        _lives.place = 0 if step is None else 2 * step + computes
 
 
 def count() -> int:
@@ -166,6 +200,32 @@ def all_say(value: Any) -> list[Any]:
 def first_says(value: Any) -> Any:
     """What process 0 says, on all: for what is read from a file system, where two may see different things."""
     return all_say(value if is_first() else None)[0]
+
+
+def meet(word: str, failed: str, seconds: float) -> None:
+    """Return when all have come to `word`, in any thread. Raises `OSError` as soon as one has said `failed`."""
+    store, ended = _store(), list[str]()
+
+    def wait() -> None:
+        with contextlib.suppress(RuntimeError):  # that the time is over is found below
+            store.wait_at_barrier(f"artifex/{word}", int(seconds * 1000))
+            ended.append(word)
+
+    waiting = threading.Thread(target=wait, name="meet", daemon=True)  # left behind where one fails: it holds nothing
+    waiting.start()
+    while waiting.is_alive():
+        waiting.join(LOOK)
+        with contextlib.suppress(RuntimeError):  # nobody has said so
+            raise OSError(store.key_value_try_get(f"artifex/{failed}"))
+    if word not in ended:
+        raise TimeoutError(f"not all processes came within {seconds:g} s")
+
+
+def say_failed(failed: str, problem: str) -> None:
+    """Let those who `meet` know that this process will not come. With one process nothing."""
+    if count() > 1:
+        with contextlib.suppress(RuntimeError):  # another has said so
+            _store().key_value_set(f"artifex/{failed}", f"process {index()}: {problem}")
 
 
 def check_alike(what: str, value: str) -> None:
@@ -245,6 +305,8 @@ def _leave(error: BaseException) -> None:
     import jax
 
     _leaving.set()
+    if not isinstance(error, SystemExit) and _lives is not None and _lives.lost.wait(GRACE):
+        time.sleep(LONG)  # it is what comes of a loss: the thread that found that out ends this process
     code = error.code if isinstance(error, SystemExit) else 1
     if not isinstance(error, SystemExit):
         sys.excepthook(type(error), error, error.__traceback__)
@@ -269,6 +331,37 @@ def _watch() -> None:
     print(f"error: process {process} has ended: {said}", file=sys.stderr)
     time.sleep(is_first())  # as in `_leave`
     _exit(code)
+
+
+def _end_by_loss(said: str) -> None:
+    """End this process, which cannot go on without another. For the thread that found out: the main one may wait in a
+    collective."""
+    words: list[str] = [said]
+    _within(CLOSING, lambda: words.extend(stay() for stay in [*what_stays]))
+    words.append(f"start all processes again, this one by: {shlex.join(sys.orig_argv)}")
+    with contextlib.suppress(OSError):  # by descriptor, as in `signals`
+        compiler_log.pass_on()
+        if os.isatty(2):
+            os.write(2, b"\r\x1b[K\x1b[?25h")
+        os.write(2, f"error: {'; '.join(words)}\n".encode())
+    for last in [*before_exit]:
+        _within(CLOSING, last)
+    os._exit(1)
+
+
+def _within(seconds: float, function: Callable[[], None]) -> None:
+    """Do something, or leave it after so many seconds."""
+    doing = threading.Thread(target=function, daemon=True)
+    doing.start()
+    doing.join(seconds)
+
+
+def _code() -> str:
+    """A digest of this package's sources: of one version there may be several."""
+    found = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def _let_gloo_talk_to_nobody() -> None:

@@ -2,12 +2,14 @@
 
 Process 0 listens where JAX's coordinator will; each of the others says who it is and what it was asked for; all get one
 answer, and go on or end with the same line. Left to itself, JAX ends a process whose peers do not come by a stack dump
-that names nobody. Importing this imports no JAX.
+that names nobody. The connections stay, and by them processes know later that the others live. Importing this imports
+no JAX.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import socket
@@ -25,19 +27,25 @@ class RollCallError(ValueError):
     """Not all came, or they were not asked for the same."""
 
 
-def roll_call(coordinator: str, processes: int, process_id: int, asks: Mapping[str, Any], wait: float) -> None:
+@dataclasses.dataclass(frozen=True)
+class Met:
+    """All have come: the connections of this process, by the process at their other end, and the host of each."""
+
+    lines: dict[int, socket.socket]
+    hosts: list[str]
+
+
+def roll_call(coordinator: str, processes: int, process_id: int, asks: Mapping[str, Any], wait: float) -> Met:
     """Return when all `processes` have come to `coordinator`, "host:port" of process 0, with equal `asks`: JSON values
-    by name.
+    by name. Process 0 then has a connection to each of the others.
 
     Raises `RollCallError`, on every process that came, with what is wrong: within `wait` seconds, and on process 0 also
     at once where its port is taken.
     """
     host, port = address(coordinator)
     me = {"process": process_id, "processes": processes, "asks": json.loads(json.dumps(asks))}
-    if process_id == 0:
-        _call(host, port, me, wait)
-    else:
-        _answer(host, port, me, wait)
+    me["host"] = socket.gethostname()
+    return _call(host, port, me, wait) if process_id == 0 else _answer(host, port, me, wait)
 
 
 def address(coordinator: str) -> tuple[str, int]:
@@ -55,9 +63,9 @@ def on_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def _call(host: str, port: int, me: dict[str, Any], wait: float) -> None:
+def _call(host: str, port: int, me: dict[str, Any], wait: float) -> Met:
     """Process 0: collect the others, then tell them all."""
-    count, until = me["processes"], time.monotonic() + wait
+    count, until, hosts = me["processes"], time.monotonic() + wait, {0: me["host"]}
     here: dict[int, socket.socket] = {}
     odd: list[socket.socket] = []  # the one that is none of them
     with contextlib.ExitStack() as closing:
@@ -80,19 +88,23 @@ def _call(host: str, port: int, me: dict[str, Any], wait: float) -> None:
                 if (hello := _read(peer, HELLO)) is not None:
                     _forget_those_who_left(here)  # one that was started again comes twice
                     if problem := _wrong(hello, me, here):
+                        problem += f"; process {hello['process']} is on {hello['host']}"
                         odd.append(peer)
                     else:
                         here[hello["process"]] = peer
+                        hosts[hello["process"]] = hello["host"]
+        named = [] if problem else [hosts[process] for process in range(count)]
         for peer in (told := [*here.values(), *odd]):
-            with contextlib.suppress(OSError):  # one that has left meanwhile, which JAX will find out
-                peer.sendall(_line({"error": problem}))
+            with contextlib.suppress(OSError):  # one that has left meanwhile, which its line will show
+                peer.sendall(_line({"error": problem, "hosts": named}))
+        if not problem:
+            return Met({process: peer.dup() for process, peer in here.items()}, named)
         for peer in told:  # the side that closes first keeps the port for a while: let it be theirs
             _read(peer, 1.0)
-    if problem:
-        raise RollCallError(problem)
+    raise RollCallError(problem)
 
 
-def _answer(host: str, port: int, me: dict[str, Any], wait: float) -> None:
+def _answer(host: str, port: int, me: dict[str, Any], wait: float) -> Met:
     """Another process: come to process 0, and hear what it found."""
     until, reason = time.monotonic() + wait, "no attempt"
     where = f"process 0 at {host}:{port}"
@@ -102,17 +114,20 @@ def _answer(host: str, port: int, me: dict[str, Any], wait: float) -> None:
                 peer.sendall(_line(me))
                 # it answers when all are there, or at its own end of the wait, which began before or after ours
                 said = _read(peer, max(until - time.monotonic(), 0) + wait + HELLO)
+                line = peer.dup()
         except OSError as error:  # not started yet, or not known to the name server yet
             reason = error.strerror or str(error)
             time.sleep(min(AGAIN, max(until - time.monotonic(), 0)))
             continue
-        if said is None or not isinstance(said.get("error"), str):
+        hosts = said.get("hosts") if said is not None and said.get("error") == "" else None
+        if isinstance(hosts, list) and len(hosts) == me["processes"]:
+            return Met({0: line}, [str(host) for host in hosts])
+        line.close()
+        if said is None or not said.get("error") or not isinstance(said["error"], str):
             raise RollCallError(
                 f"{where} did not finish the roll call: it has ended, or what answers there is another program"
             )
-        if said["error"]:
-            raise RollCallError(said["error"])
-        return
+        raise RollCallError(said["error"])
     raise RollCallError(
         f"{where} did not answer within {wait:g} s ({reason}); start it, or give its address as --device.coordinator"
     )
@@ -194,7 +209,8 @@ def _read(peer: socket.socket, seconds: float) -> dict[str, Any] | None:
     with contextlib.suppress(OSError, ValueError, RecursionError):
         while not got.endswith(b"\n"):
             peer.settimeout(max(until - time.monotonic(), 0.001))
-            part = peer.recv(2**16)
+            seen = peer.recv(2**16, socket.MSG_PEEK)  # what follows the line is for whoever reads then
+            part = peer.recv(seen.find(b"\n") + 1 or len(seen))
             got += part
             if not part or len(got) > LONGEST:
                 return None
@@ -207,5 +223,7 @@ def _read(peer: socket.socket, seconds: float) -> dict[str, Any] | None:
 def _is_ours(content: dict[str, Any]) -> bool:
     if "error" in content:
         return True
-    numbers = (content.get("process"), content.get("processes"))
-    return all(type(number) is int for number in numbers) and isinstance(content.get("asks"), dict)
+    numbers, kinds = (content.get("process"), content.get("processes")), {"asks": dict, "host": str}
+    return all(type(number) is int for number in numbers) and all(
+        isinstance(content.get(key), kind) for key, kind in kinds.items()
+    )

@@ -58,8 +58,11 @@ def fit(run: Run, run_step: Callable[[TrainState, Any], Any], meter: Meter) -> T
         before = validate(state, final=True) if step == 0 and cfg.start_from is not None else None
         while step < cfg.steps and not (saver.tried == step and (stop := ended_by(seen, step, config.logging.every))):
             asked = time.perf_counter()
+            known = step > run.start + 1  # how long a step takes, with all that its first ones make
+            processes.stands(step + 1 if known else None)
             batch = blue.placed(next(batches))
             meter.waited(time.perf_counter() - asked)
+            processes.stands(step + 1 if known else None, computes=True)
             state, metrics = run_step(state, batch)
             step += 1
             if step == run.start + 1:
@@ -70,6 +73,7 @@ def fit(run: Run, run_step: Callable[[TrainState, Any], Any], meter: Meter) -> T
             # one step late: while Python reads the last step's metrics the device is busy with this one
             meter.read_late(step, metrics)
             validation = None
+            processes.stands(None)
             if step < cfg.steps and cfg.validate_every and step % cfg.validate_every == 0:
                 with meter.aside():
                     validation = meter.validated(step, *validate(state, final=False))

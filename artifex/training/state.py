@@ -88,13 +88,13 @@ class Blueprint:
         """A fresh state. Every array is made in its shards: no device ever holds more than its share."""
         return jax.jit(lambda: _fresh(self.config, self.optimizer, self.frozen), out_shardings=self.shardings)()
 
-    def laid_out(self, gradients: Any, table: str = "gradients") -> Any:
+    def laid_out(self, gradients: Any, table: placement.Table = "gradients") -> Any:
         """Gradients of the parameters that are trained, where a table of the plan puts them."""
         if self.mesh.size == 1:
             return gradients
         return jax.tree.map(jax.lax.with_sharding_constraint, gradients, self.gradient_shardings(gradients, table))
 
-    def gradient_shardings(self, gradients: Any, table: str = "gradients") -> Any:
+    def gradient_shardings(self, gradients: Any, table: placement.Table = "gradients") -> Any:
         """Where that table puts the gradients of the parameters that are trained."""
         names = self.split(self.names)[0]
         return placement.shardings(gradients, gradients, names, self.plan.rules, table, self.mesh)

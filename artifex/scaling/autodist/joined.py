@@ -33,12 +33,13 @@ def _block(block: Block, gone: set[int]) -> None:
     for op in block.ops:
         for inner in op.blocks:
             _block(inner, gone)
-        sums = [made.get(id(value)) for value in op.ins if value is not None and reads[id(value)] == 1]
+        once = [value for value in op.ins if value is not None and reads[id(value)] == 1]
+        sums = [made[id(value)] for value in once if id(value) in made]
         if op.name in SUMS and SENT in op.params:
             made[id(op.outs[0])] = op
-        elif op.name in ALIASES and len(sums) == 1 and sums[0] and op.outs[0].split == sums[0].outs[0].split:
+        elif op.name in ALIASES and len(sums) == 1 and op.outs[0].split == sums[0].outs[0].split:
             made[id(op.outs[0])] = sums[0]
-        elif op.name in ADDITIONS and len(sums) == 2 and sums[0] and sums[1] and _alike(sums[0], sums[1]):
+        elif op.name in ADDITIONS and len(sums) == 2 and _alike(*sums):
             kept, other = sums
             (first,), (second,) = kept.ins, other.ins
             assert first is not None and second is not None
