@@ -74,8 +74,9 @@ def main(argv: list[str] | None = None) -> None:
             fail(str(error))
         except ValueError as error:
             fail(str(error), code=1)
+        paths = write(found, command.folder)  # before anything is printed: a reader may leave early
         print(f"\n{found}\n")
-        for path in write(found, command.folder):
+        for path in paths:
             print(path)
         if command.options.is_train:
             words = (*command.run, "--device.plan", str(command.folder / "plan.yaml"))

@@ -6,7 +6,6 @@ and what was predicted: it is compared, and made anew when the file is loaded. I
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import math
 from collections.abc import Mapping
@@ -127,7 +126,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], Spread]:
         spread = Spread.of_sections(section, devices, **how, rows=_section(values, "about").get("rows", 0))
     except ValueError as error:
         raise ConfigError(str(error), ("device",), str(path)) from None
-    return values, dataclasses.replace(spread, whole=section.whole or ())
+    return values, spread
 
 
 def load(path: str | Path, subject: Subject, cluster: Cluster, config: AutoDistConfig) -> Planned:

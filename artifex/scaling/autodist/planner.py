@@ -76,8 +76,8 @@ def _searched(
         found.best[0],
         found.best[1:],
         found.over,
-        f"{found.meshes:,} meshes, {found.guessed:,} solved for, {len(found.best) + len(found.over)} traced, in "
-        f"{found.seconds:.1f} s",
+        f"{found.meshes:,} {'mesh' if found.meshes == 1 else 'meshes'}, {found.guessed:,} solved for, "
+        f"{len(found.best) + len(found.over)} traced, in {found.seconds:.1f} s",
         (config.partition_constraints_path,) if config.partition_constraints_path else (),
         tuple(notes),
         names=frozenset(name for leaf in subject.leaves for name in leaf.names),

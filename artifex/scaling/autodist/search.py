@@ -62,7 +62,8 @@ def search(subject: Subject, cluster: Cluster, config: AutoDistConfig, limiting:
     spreads = [one for sizes in meshes for one in space.settings(sizes) if in_groups(one, config)]
     rank = ranking(config)
     guesses = Guesses(sketch, space, config, spreads, rank)
-    say(f"{len(meshes):,} meshes, {len(spreads):,} with ZeRO and schedules, in {time.perf_counter() - start:.1f} s")
+    counted = f"{len(meshes):,} {'mesh' if len(meshes) == 1 else 'meshes'}"
+    say(f"{counted}, {len(spreads):,} with ZeRO and schedules, in {time.perf_counter() - start:.1f} s")
     looking = Looking(look, limiting, guesses.corrections, config, say)
     if config.objective != "memory":
         looking.at(guesses.fastest())

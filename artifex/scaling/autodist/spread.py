@@ -54,6 +54,7 @@ class Spread:
             stages_per_device=schedule.stages_per_device if schedule else 1,
             sequence_parallel=device.sequence_parallel,
             context_attention=device.context_attention,
+            whole=device.whole or (),
         )
 
     @property
