@@ -1,13 +1,16 @@
-"""Sums over devices that are added to each other: what a GPU's compiler adds first and sums over the devices once.
+"""What a GPU makes of sums over devices: it adds first what is added to each other, and scatters what is cut.
 
 The gradients that queries, keys and values send back to one input are three partial sums; XLA's
-`all-reduce-reassociate` and `reduce-scatter-reassociate` make one collective of them.
+`all-reduce-reassociate` and `reduce-scatter-reassociate` make one collective of them. Of a sum that only a part of each
+device is read of, as ZeRO-1 reads gradients, `reduce-scatter-creator` makes a reduce-scatter.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 
+from artifex.scaling.autodist.dims import elementwise
 from artifex.scaling.autodist.order import ALIASES
 from artifex.scaling.autodist.partition import SENT, Sent
 from artifex.scaling.autodist.program import Block, Op, Value
@@ -17,14 +20,14 @@ SUMS = ("all-reduce", "reduce-scatter")
 
 
 def join_sums(program: Block, sends: list[Sent]) -> list[Sent]:
-    """Add such partial sums first, in place, in `program` with its collectives. Returns what is sent then."""
-    gone: set[int] = set()
-    _block(program, gone)
-    return [one for one in sends if id(one) not in gone]
+    """Do so in place, in `program` with its collectives written in. Returns what is sent then."""
+    instead: dict[int, Sent | None] = {}
+    _block(program, instead)
+    return [one for one in (instead.get(id(one), one) for one in sends) if one is not None]
 
 
-def _block(block: Block, gone: set[int]) -> None:
-    """`gone` grows by the ids of what is not sent any more."""
+def _block(block: Block, instead: dict[int, Sent | None]) -> None:
+    """`instead` grows by what is sent in place of another, by the id of that."""
     reads = collections.Counter(id(value) for op in block.ops for value in op.ins if value is not None)
     reads.update(id(value) for value in block.outs if value is not None)
     made: dict[int, Op] = {}  # the sum over devices that an array is and nothing else reads
@@ -32,7 +35,7 @@ def _block(block: Block, gone: set[int]) -> None:
     ops: list[Op] = []
     for op in block.ops:
         for inner in op.blocks:
-            _block(inner, gone)
+            _block(inner, instead)
         once = [value for value in op.ins if value is not None and reads[id(value)] == 1]
         sums = [made[id(value)] for value in once if id(value) in made]
         if op.name in SUMS and SENT in op.params:
@@ -47,9 +50,13 @@ def _block(block: Block, gone: set[int]) -> None:
             joined = Op(kept.name, [partial], op.outs, kept.params, [])
             ops += [Op(op.name, [first, second], [partial], op.params, []), joined]
             made[id(op.outs[0])] = joined
-            gone.add(id(other.params[SENT]))
+            instead[id(other.params[SENT])] = None
             dropped |= {id(kept), id(other)}
             continue
+        elif elementwise(op) and not op.blocks:
+            for sent in (one.params[SENT] for one in sums if one.name == "all-reduce"):
+                if set(sent.axes) <= op.outs[0].axes:  # each device reads its part
+                    instead[id(sent)] = dataclasses.replace(sent, kind="reduce-scatter", bytes=sent.bytes / 2)
         ops.append(op)
     block.ops = [op for op in ops if id(op) not in dropped]
 
