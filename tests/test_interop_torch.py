@@ -98,6 +98,24 @@ def test_a_matrix_in_one_and_three_in_one():
     assert gpt2["transformer.h.0.attn.c_attn.weight"] == (Replicate(), _StridedShard(1, split_factor=3))
 
 
+@pytest.mark.parametrize(
+    "name, architecture",
+    [
+        ("llama-nano", "LlamaForCausalLM"),
+        ("qwen3-nano", "Qwen3ForCausalLM"),
+        ("gemma2-nano", "Gemma2ForCausalLM"),
+        ("gpt2-nano", "GPT2LMHeadModel"),
+    ],
+)
+def test_names_and_shapes_are_those_of_the_state_dict_in_transformers(name, architecture):
+    transformers = pytest.importorskip("transformers", reason="their state dicts need: pip install -e '.[parity]'")
+    config = transformers.AutoConfig.for_model(**LAYOUTS[architecture].write_config(models.preset(name)))
+    with torch.device("meta"):
+        theirs = getattr(transformers, architecture)(config).state_dict()
+    found = to_dtensor(plan_of({"fsdp": 4, "tensor": 2}), name)
+    assert found.shapes == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
+
+
 def test_of_two_axes_on_one_dim_the_slower_comes_first():
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor.placement_types import _StridedShard

@@ -72,7 +72,7 @@ class DTensorLayout:
 
 
 def to_dtensor(plan: Plan, model: Any, *, layout: str = "huggingface") -> DTensorLayout:
-    """Where `plan` puts each tensor of `model` as another library names it.
+    """Where `plan` puts each tensor of `model` as another library names it in its files.
 
     `model`: a preset's name, a configuration, or a model, abstract or not. `layout`: as for `save_pretrained`, the
     architecture of `transformers` or `diffusers`, or "huggingface" for the first that fits.
