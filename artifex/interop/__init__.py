@@ -1,0 +1,1 @@
+"""Other frameworks: what is planned here, in their words."""
