@@ -9,7 +9,7 @@ import time
 import pytest
 
 from artifex.scaling import lives, processes
-from artifex.scaling.lives import Lives
+from artifex.scaling.lives import Lives, place_of
 from artifex.scaling.processes import Start
 
 HOSTS = ["a", "b", "c", "d"]
@@ -135,16 +135,26 @@ def test_a_line_without_end_is_broken_off(lines, monkeypatch):
         assert "process 1 of 4, on b, is lost: its connection broke" in said.get(timeout=2)
 
 
+READS, COMPUTES = (place_of(what, 41, waits=False) for what in lives.STEP)
+SAVES, WAITS = (place_of("saves after step", 41, waits=waits) for waits in (False, True))
+
+
 @pytest.mark.parametrize(
     ("places", "says"),
     [
+        ((COMPUTES, COMPUTES, READS, COMPUTES), "process 2 of 4, on c, is lost: it lives, but reads the batch of step"),
+        ((COMPUTES,) * 4, "process 3 of 4, on d, is lost: it lives, but computes step"),
+        ((0, COMPUTES, READS, COMPUTES), None),
+        ((COMPUTES, COMPUTES, 0, COMPUTES), None),
+        # all save, and that takes as long as it takes
+        ((SAVES,) * 4, None),
+        # one saves, and the others wait for it, or have gone on
+        ((WAITS, WAITS, SAVES, WAITS), "process 2 of 4, on c, is lost: it lives, but saves after step"),
+        ((SAVES, SAVES, SAVES, WAITS), "process 2 of 4, on c, is lost: it lives, but saves after step"),
         (
-            (83, 83, 82, 83),
-            "process 2 of 4, on c, is lost: it lives, but reads the batch of step 41 for more than 0.3 s",
+            (SAVES, place_of("validates after step", 41, waits=False), SAVES, SAVES),
+            "process 1 of 4, on b, is lost: it lives, but validates after step",
         ),
-        ((83, 83, 83, 83), "process 3 of 4, on d, is lost: it lives, but computes step 41 for more than 0.3 s"),
-        ((0, 83, 82, 83), None),
-        ((83, 83, 0, 83), None),
     ],
 )
 def test_who_is_behind_for_too_long_is_lost_though_it_lives(places, says, lines):
@@ -157,7 +167,7 @@ def test_who_is_behind_for_too_long_is_lost_though_it_lives(places, says, lines)
             with pytest.raises(queue.Empty):
                 said.get(timeout=0.8)
         else:
-            assert (sentence := said.get(timeout=2)).endswith(says)
+            assert (sentence := said.get(timeout=2)).endswith(f"{says} 41 for more than 0.3 s")
             assert sentence.count("is lost") == places.count(min(places)) - (places[0] == min(places))
 
 
@@ -165,7 +175,7 @@ def test_steps_that_go_on_are_not_stuck(lines):
     said = queue.Queue()
     with contextlib.ExitStack() as stack:
         for process in (1, 2, 3):
-            stack.enter_context(living(lines[process][1], b"1000\n"))
+            stack.enter_context(living(lines[process][1], b"9000\n"))
         own = zero(lines, said, patience=0.5)
         for place in range(2, 12):  # behind all others, and going on
             own.place = place

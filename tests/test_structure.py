@@ -81,9 +81,10 @@ def test_the_axes_need_only_jax_flax_and_their_names():
     assert outside <= {"jax", "flax", "artifex"}
 
 
-def test_only_checkpoints_imports_orbax():
+def test_only_checkpoints_import_orbax():
     assert [module for module in FILES if any(within(name, "orbax") for name in imports(module))] == [
-        "artifex.scaling.checkpoints"
+        "artifex.scaling.checkpoints",
+        "artifex.scaling.orbax_writer",
     ]
 
 

@@ -20,9 +20,6 @@ import logging
 import os
 import re
 import shutil
-import sys
-import traceback
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,17 +28,17 @@ import jax
 import orbax.checkpoint as ocp
 
 import artifex
-from artifex.scaling import leaves, manifest, processes, straight
+from artifex.scaling import leaves, manifest, meeting, processes, straight
 from artifex.scaling.manifest import CheckpointError
+from artifex.scaling.orbax_writer import checkpointer
 from artifex.scaling.retention import Retention
 
 __all__ = ["CheckpointError", "Checkpoints"]
 
 _ARRAYS = "arrays"
+_PATIENCE = 600.0  # seconds that a process which failed has for the others' part of the save, as Orbax gives them
 _ATTEMPTS = itertools.count(1)  # alike in all processes, for they save alike
 _LOG = logging.getLogger("artifex")
-_ORBAX_LOG = logging.getLogger("artifex.orbax")
-_ORBAX_FOLDER = os.path.join(os.path.dirname(ocp.__file__), "")
 
 
 class Checkpoints:
@@ -59,8 +56,7 @@ class Checkpoints:
         self._last = -1  # the step this object saved last
         self._pending: tuple[int, Future[None]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._attempt = ""  # what the processes call the save under way
-        self._orbax = _checkpointer(self._meet)
+        self._orbax = checkpointer(self._meet)
         atexit.register(self.close)  # so that a lost save is an error at exit, not silence
 
     def __enter__(self) -> Checkpoints:
@@ -107,16 +103,20 @@ class Checkpoints:
                 attempt.mkdir(parents=True)
             except OSError as error:
                 problem = self._reason(error)
-        if problem := processes.first_says(problem):  # in Orbax the others would wait for the first
+        if problem := processes.first_says(problem and meeting.by_this(problem)):
             raise self._unsaved(step, problem)
-        self._attempt, self._meetings = attempt.name, itertools.count()
+        self._meetings = meeting.Meetings(attempt.name)
+        ended = None
         try:
             self._orbax.save(attempt / _ARRAYS, args=ocp.args.PyTreeSave(leaves.nested(arrays)))
         except OSError as error:
-            self._orbax = _checkpointer(self._meet)  # what is left of the failed save is not told to the next
-            raise self._unsaved(step, self._reason(error)) from error
-        self._pending = step, self._thread.submit(self._finish_or_say, step, attempt, body)
-        if not self.asynchronous:
+            self._meetings.fails(self._reason(error), _PATIENCE)
+            self._orbax = checkpointer(self._meet)  # what is left of the failed save is not told to the next
+            ended = Future[None]()
+            ended.set_exception(error)
+        self._pending = step, ended or self._thread.submit(self._finish, step, attempt, body)
+        # one that failed at once waits here with the others, whose part of it ends soon
+        if any(processes.all_say(ended and True)) or not self.asynchronous:
             self.wait()
 
     def wait(self) -> None:
@@ -127,7 +127,7 @@ class Checkpoints:
         error = future.exception()
         self._pending = None
         # told and not looked up: a shared file system may show a new folder to another process a minute later
-        reasons = processes.all_say(error and self._reason(error))
+        reasons = processes.all_say(error and self._by_whom(error))
         if reason := next(filter(None, reasons), None):
             if processes.is_first():
                 self._sweep()
@@ -222,19 +222,17 @@ class Checkpoints:
         return leaves.by_path(restored)
 
     def _meet(self, *, key: str, timeout_ms: int) -> None:
-        """Orbax's barriers in the background: where one process has failed, the others need not wait for it."""
-        processes.meet(f"{self._attempt}/{next(self._meetings)}", f"{self._attempt}/failed", timeout_ms / 1000)
-
-    def _finish_or_say(self, step: int, attempt: Path, body: dict[str, Any]) -> None:
-        try:
-            self._finish(step, attempt, body)
-        except BaseException as error:
-            processes.say_failed(f"{attempt.name}/failed", self._reason(error))
-            raise
+        """Orbax's barriers: where one process has failed, the others need not wait for it."""
+        self._meetings.come(timeout_ms / 1000)
 
     def _finish(self, step: int, attempt: Path, body: dict[str, Any]) -> None:
         # The background thread: Orbax's own barriers have let every process finish writing when it returns.
-        self._orbax.wait_until_finished()
+        try:
+            self._orbax.wait_until_finished()
+        except BaseException as error:
+            self._meetings.fails(self._reason(error), _PATIENCE)
+            raise
+        self._meetings.end()
         if processes.is_first():
             homes = {path: attempt / _ARRAYS / leaves.array_folder(path) for path in body["arrays"]}
             gone = [path for path, home in homes.items() if not (home / "zarr.json").is_file()]
@@ -311,6 +309,10 @@ class Checkpoints:
         with ThreadPoolExecutor() as pool:
             return next(filter(None, pool.map(lambda i: manifest.damage(folder, *files[i]), share)), None)
 
+    def _by_whom(self, error: BaseException) -> str:
+        reason = self._reason(error)
+        return reason if isinstance(error, meeting.OtherFailed) else meeting.by_this(reason)
+
     def _reason(self, error: BaseException) -> str:
         # The first line, without the notes that TensorStore appends ("[os_error_code='28'] [source locations=...]").
         return re.split(r"\n| \[[a-z_ ]+=", str(error))[0].replace(f"{self.folder}/", "") or type(error).__name__
@@ -324,29 +326,6 @@ class Checkpoints:
         earlier = max((known for known in self.steps() if known < step), default=None)
         remedy = "no earlier step is complete: start anew" if earlier is None else f"restore step {earlier} instead"
         return CheckpointError(f"step {step} in {self.folder} cannot be restored: {problem}; {remedy}")
-
-
-def _checkpointer(meet: Callable[..., None]) -> ocp.AsyncCheckpointer:
-    # In the background Orbax makes no folder and keeps no notes: its writers would wait ten minutes for a folder that
-    # cannot be made, and so would the exit; and notes that fail would be told to the next save.
-    return ocp.AsyncCheckpointer(
-        _handler(),
-        async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False, barrier_sync_fn=meet),
-        checkpoint_metadata_store=ocp.metadata.metadata_store(enable_write=True, blocking_write=True),
-    )
-
-
-def _handler() -> ocp.PyTreeCheckpointHandler:
-    # One folder of raw Zarr files per array: a part of a tree is read and verified without the rest, and writing is
-    # twice to four times as fast as OCDBT. Orbax's own file of shardings is left out: they come from the target.
-    # Replicated arrays are written in slices by all devices that hold them, but small ones not: each slice is a file.
-    arrays = ocp.type_handlers.ArrayHandler(
-        enable_write_sharding_file=False, min_slice_bytes_for_replica_parallel=1 << 20
-    )
-    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-    return ocp.PyTreeCheckpointHandler(
-        use_ocdbt=False, use_zarr3=True, use_compression=False, type_handler_registry=registry
-    )
 
 
 @functools.cache  # looking them up holds the loop for 3 ms
@@ -365,27 +344,3 @@ def _remove(folder: Path) -> None:
             folder.unlink(missing_ok=True)
     if folder.exists():
         _LOG.warning("could not remove %s; remove it by hand", folder)
-
-
-def _orbax_to_debug(record: logging.LogRecord) -> bool:
-    """A filter that turns what Orbax logs, and what asyncio logs of its lost writes, into DEBUG of "artifex.orbax"."""
-    trace = record.exc_info[2] if record.exc_info else None
-    files = [record.pathname, *(frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace))]
-    if not any(file.startswith(_ORBAX_FOLDER) for file in files):
-        return True
-    _ORBAX_LOG.debug("%s", record.getMessage(), exc_info=record.exc_info)
-    return False
-
-
-def _drop_stragglers(report: Callable[[Any], object], event: Any) -> None:
-    """An unraisable hook that ignores native threads calling back into an event loop that Orbax has closed."""
-    caller = event.exc_traceback and event.exc_traceback.tb_frame.f_code.co_name
-    if not (event.exc_type is RuntimeError and caller == "call_soon_threadsafe"):
-        report(event)
-
-
-# When one write fails, Orbax logs several stack traces and leaves the other writes to report to nobody. `wait` raises
-# the failure in a sentence; these keep the rest of it off the terminal, and nothing else.
-for _name in ("absl", "asyncio"):
-    logging.getLogger(_name).addFilter(_orbax_to_debug)
-sys.unraisablehook = functools.partial(_drop_stragglers, sys.unraisablehook)

@@ -24,6 +24,20 @@ TOLD = 64  # lost processes that the others are told of
 LONGEST = 2**16  # bytes that may come before the end of a line
 BROKEN = "its connection broke, as when a process is killed"
 BYE = b"bye"
+STEP = ("reads the batch of step", "computes step")
+AFTER = ("validates after step", "saves after step", "makes samples after step")
+
+
+def place_of(what: str, step: int, waits: bool) -> int:
+    """A number for a place of the main thread, larger for later ones; who `waits` for the others there is past what
+    they still do."""
+    return 2 * (len(STEP + AFTER) * step + (STEP + AFTER).index(what)) + waits
+
+
+def words_of(place: int) -> tuple[str, int]:
+    """What is done at a place, and the step."""
+    step, index = divmod(place // 2, len(STEP + AFTER))
+    return (STEP + AFTER)[index], step
 
 
 @dataclasses.dataclass
@@ -43,8 +57,9 @@ class Lives:
     broke off, or is the last whose main thread stands at one place for `patience` seconds, `end` is called with a
     sentence, in that thread; `lost` is set before.
 
-    `place`, which the main thread sets, counts what all do alike: twice the step, and 1 more once the batch is there;
-    0 is a place where any time may pass, and while one process is there none is judged by its place.
+    `place`, which the main thread sets, is a `place_of` what all do alike; 0 is one where any time may pass, and while
+    a process is there none is judged by its place. A step may hang for all, which a batch or a collective makes; what
+    comes after a step takes as long as it takes while all are at it, and one is lost that others wait for.
     """
 
     def __init__(
@@ -105,14 +120,16 @@ class Lives:
         }
 
     def _stuck(self, now: float) -> dict[int, str]:
-        """The last of all processes, where they stand at one place for too long, and what they do there."""
+        """The last of all processes, where none goes on for too long, and what they do there."""
         if len(self._places) < len(self.hosts) or not (last := min(place for place, _ in self._places.values())):
             return {}
-        what = f"computes step {last // 2}" if last % 2 else f"reads the batch of step {last // 2}"
-        behind = {process: since for process, (place, since) in self._places.items() if place == last}
-        if now - max(behind.values()) <= self.patience:
+        what, step = words_of(last)
+        behind = [process for process, (place, _) in self._places.items() if place == last]
+        if what in AFTER and len(behind) == len(self.hosts):
             return {}
-        return dict.fromkeys(behind, f"it lives, but {what} for more than {self.patience:g} s")
+        if now - max(since for _, since in self._places.values()) <= self.patience:
+            return {}
+        return dict.fromkeys(behind, f"it lives, but {what} {step} for more than {self.patience:g} s")
 
     def _stands(self, process: int, place: int) -> None:
         if self._places.get(process, (None,))[0] != place:

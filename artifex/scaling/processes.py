@@ -23,13 +23,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, ParamSpec
 
-from artifex.scaling import compiler_log
-from artifex.scaling.lives import Lives
+from artifex.scaling import compiler_log, lives
 from artifex.scaling.roll_call import address, on_loopback, roll_call
 from artifex.scaling.unbroken import way_to
 
 LONG = 30 * 24 * 3600  # seconds; that a process is lost is found by `lives` long before
-LOOK = 0.2  # seconds between two looks at whether another failed
 GRACE = 2.0  # seconds that a process has to end by an error of its own before that of another ends it
 CLOSING = 3.0  # seconds that may be spent on what is done last, where a lost process may have taken a disk along
 _FAILED = "artifex/failed"
@@ -37,7 +35,7 @@ before_exit: list[Callable[[], None]] = []  # what is done before a process ends
 what_stays: list[Callable[[], str]] = []  # what is told of the work that is kept when a process was lost
 Given = ParamSpec("Given")
 _leaving = threading.Event()
-_lives: Lives | None = None
+_lives: lives.Lives | None = None
 _words = itertools.count()  # alike in all processes, for all ask the same in the same order
 
 
@@ -54,7 +52,7 @@ class Start:
     process_id: int | None = None  # which of them this is, from 0
     wait: int = 300  # seconds that processes wait for each other to start
     lost_after: int = 60  # seconds without a sign of life after which a process is lost; at least 3
-    stuck_after: int = 600  # seconds in one step after which the process that is behind is lost, though it lives
+    stuck_after: int = 600  # seconds at one place after which the process that is behind is lost, though it lives
 
     def __post_init__(self) -> None:
         by_hand = {"coordinator": self.coordinator, "processes": self.processes, "process-id": self.process_id}
@@ -100,7 +98,7 @@ def start(how: Start, asks: Mapping[str, Any]) -> None:
     if coordinator is None or processes is None or process_id is None or processes == 1:
         return
     met = roll_call(coordinator, processes, process_id, {**asks, "artifex-code": _code()}, how.wait)
-    _lives = Lives(process_id, met.lines, met.hosts, how.lost_after, _end_by_loss, how.stuck_after)
+    _lives = lives.Lives(process_id, met.lines, met.hosts, how.lost_after, _end_by_loss, how.stuck_after)
     before_exit.append(_lives.leave)
     atexit.register(_lives.leave)  # before JAX's own, so that it comes after that
     import jax
@@ -151,11 +149,24 @@ def _detected(how: Start) -> tuple[str | None, int | None, int | None]:
     return found[:3]
 
 
-def stands(step: int | None, *, computes: bool = False) -> None:
-    """Note where the main thread is: at a step of which it reads the batch, or which it `computes`; None: where any
-    time may pass."""
+def stands(what: str | None, step: int = 0, *, known: bool = True) -> None:
+    """Note where the main thread is: what it does at a step, by the words of `lives`; None, or before it is `known`
+    how long that takes: where any time may pass."""
     if _lives is not None:
-        _lives.place = 0 if step is None else 2 * step + computes
+        _lives.place = 0 if what is None or not known else lives.place_of(what, step, waits=False)
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """Within it the main thread waits for the others, wherever it stands."""
+    if _lives is None or not (place := _lives.place) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _lives.place = place | 1
+    try:
+        yield
+    finally:
+        _lives.place = place
 
 
 def count() -> int:
@@ -186,12 +197,13 @@ def all_say(value: Any) -> list[Any]:
 
     if jax.process_count() == 1:
         return [value]
-    store, word = _store(), f"artifex/{next(_words)}/"
+    store, word = key_value_store(), f"artifex/{next(_words)}/"
     if value is not None:
         store.key_value_set(f"{word}{jax.process_index()}", json.dumps(value))
-    store.wait_at_barrier("artifex/said", LONG * 1000)
-    said = {key: json.loads(text) for key, text in store.key_value_dir_get(word)}
-    store.wait_at_barrier("artifex/heard", LONG * 1000)
+    with waiting():
+        store.wait_at_barrier("artifex/said", LONG * 1000)
+        said = {key: json.loads(text) for key, text in store.key_value_dir_get(word)}
+        store.wait_at_barrier("artifex/heard", LONG * 1000)
     if value is not None:
         store.key_value_delete(f"{word}{jax.process_index()}")
     return [said.get(f"{word}{process}") for process in range(jax.process_count())]
@@ -200,32 +212,6 @@ def all_say(value: Any) -> list[Any]:
 def first_says(value: Any) -> Any:
     """What process 0 says, on all: for what is read from a file system, where two may see different things."""
     return all_say(value if is_first() else None)[0]
-
-
-def meet(word: str, failed: str, seconds: float) -> None:
-    """Return when all have come to `word`, in any thread. Raises `OSError` as soon as one has said `failed`."""
-    store, ended = _store(), list[str]()
-
-    def wait() -> None:
-        with contextlib.suppress(RuntimeError):  # that the time is over is found below
-            store.wait_at_barrier(f"artifex/{word}", int(seconds * 1000))
-            ended.append(word)
-
-    waiting = threading.Thread(target=wait, name="meet", daemon=True)  # left behind where one fails: it holds nothing
-    waiting.start()
-    while waiting.is_alive():
-        waiting.join(LOOK)
-        with contextlib.suppress(RuntimeError):  # nobody has said so
-            raise OSError(store.key_value_try_get(f"artifex/{failed}"))
-    if word not in ended:
-        raise TimeoutError(f"not all processes came within {seconds:g} s")
-
-
-def say_failed(failed: str, problem: str) -> None:
-    """Let those who `meet` know that this process will not come. With one process nothing."""
-    if count() > 1:
-        with contextlib.suppress(RuntimeError):  # another has said so
-            _store().key_value_set(f"artifex/{failed}", f"process {index()}: {problem}")
 
 
 def check_alike(what: str, value: str) -> None:
@@ -281,7 +267,7 @@ def ending_together() -> Iterator[None]:
     finally:  # all are here, and none has failed
         all_say(None)
         if is_first():
-            _store().key_value_set(_FAILED, "null")
+            key_value_store().key_value_set(_FAILED, "null")
         watch.join()
 
 
@@ -312,7 +298,7 @@ def _leave(error: BaseException) -> None:
         sys.excepthook(type(error), error, error.__traceback__)
     said = str(error.__context__ or type(error).__name__) if isinstance(error, SystemExit) else repr(error)
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was faster
-        _store().key_value_set(_FAILED, json.dumps([jax.process_index(), " ".join(said.split()), code]))
+        key_value_store().key_value_set(_FAILED, json.dumps([jax.process_index(), " ".join(said.split()), code]))
     # the coordinator goes last: without it JAX ends the others by a stack dump
     time.sleep(GRACE + 1 if is_first() else GRACE / 2)
     _exit(code if isinstance(code, int) else 1)
@@ -322,7 +308,7 @@ def _watch() -> None:
     """End this process when another says that it failed, once it had time to end by itself."""
     import jax
 
-    failed = json.loads(_store().blocking_key_value_get(_FAILED, LONG * 1000))
+    failed = json.loads(key_value_store().blocking_key_value_get(_FAILED, LONG * 1000))
     if failed is None or failed[0] == jax.process_index():
         return
     process, said, code = failed
@@ -386,7 +372,7 @@ def _exit(code: int) -> None:
     os._exit(code)
 
 
-def _store() -> Any:
+def key_value_store() -> Any:
     """The client of the coordinator's key-value store, which JAX keeps to itself; Orbax takes it from here as well."""
     from jax._src import distributed
 

@@ -59,10 +59,10 @@ def fit(run: Run, run_step: Callable[[TrainState, Any], Any], meter: Meter) -> T
         while step < cfg.steps and not (saver.tried == step and (stop := ended_by(seen, step, config.logging.every))):
             asked = time.perf_counter()
             known = step > run.start + 1  # how long a step takes, with all that its first ones make
-            processes.stands(step + 1 if known else None)
+            processes.stands("reads the batch of step", step + 1, known=known)
             batch = blue.placed(next(batches))
             meter.waited(time.perf_counter() - asked)
-            processes.stands(step + 1 if known else None, computes=True)
+            processes.stands("computes step", step + 1, known=known)
             state, metrics = run_step(state, batch)
             step += 1
             if step == run.start + 1:
@@ -73,19 +73,23 @@ def fit(run: Run, run_step: Callable[[TrainState, Any], Any], meter: Meter) -> T
             # one step late: while Python reads the last step's metrics the device is busy with this one
             meter.read_late(step, metrics)
             validation = None
-            processes.stands(None)
+            processes.stands("validates after step", step, known=known)
             if step < cfg.steps and cfg.validate_every and step % cfg.validate_every == 0:
                 with meter.aside():
                     validation = meter.validated(step, *validate(state, final=False))
+            processes.stands("saves after step", step, known=known)
             if step == cfg.steps or stop or (every and step % every == 0):
                 with meter.aside():  # reads this step's metrics first: what is not finite is never saved
                     saver.save(step, state, validation)
+                    processes.stands("makes samples after step", step, known=known)
                     if step < cfg.steps and not stop:
                         sample(run, state, step)
             else:
                 saver.look(step)
         batches.close()
+        processes.stands("saves after step", step, known=step > run.start + 2)
         saver.settle()
+        processes.stands(None)
     if stop:
         where = f"at step {step}, which is saved" if step > run.start else "before the first step"
         run.report.line(f"stopped by {stop} {where}; the same command goes on")
@@ -151,7 +155,9 @@ def make_validate(run: Run) -> Callable[..., tuple[dict[str, float], float]]:
         count = cfg.final_validation_batches if final else cfg.validation_batches
         for index, batch in enumerate(run.task.validation(count, run.blue.part)):
             # read at once: simulated devices share a pool of threads, and batches sent ahead can leave it without one
-            for name, value in jax.device_get(evaluate(state, run.blue.placed(batch), index)).items():
+            with processes.waiting():
+                measured = jax.device_get(evaluate(state, run.blue.placed(batch), index))
+            for name, value in measured.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         weight = totals.pop("weight")
         return {name: total / weight for name, total in totals.items()}, weight

@@ -1,6 +1,5 @@
 """One of two processes is killed, stopped, or never comes: the other leaves soon, names it, and says how to go on."""
 
-import contextlib
 import re
 import shlex
 import shutil
@@ -12,10 +11,10 @@ import time
 
 import pytest
 from runs import ROOT, environment, write_source
+from two_processes import LIMIT, is_one_sentence, left, saved, script, started
 
 from artifex.scaling.checkpoints import Checkpoints
 
-LIMIT = 4  # seconds without a sign of life
 ENDLESS = ["--training.steps=1000000", "--checkpoint.every=2", "--logging.every=2", "--device.data=2"]
 # `artifex.train` where the main thread of process 1 is busy for long before the first step
 SLOW = """
@@ -28,33 +27,25 @@ def slow(run):
 train.prepare = slow
 train.main()
 """
-# and where that of one process hangs at its 8th batch, as in a file system that does not answer
+# and where that of one process hangs at its 8th batch, as in a file system that does not answer; in its third
+# save; or before it looks whether one has failed
 HANGING = """
 import itertools, sys, time
 from artifex import train
+from artifex.scaling.checkpoints import Checkpoints
+from artifex.training.saving import Saver
 from artifex.training.state import Blueprint
-number, placed, count = sys.argv.pop(1), Blueprint.placed, itertools.count()
-def hanging(blue, batch):
-    time.sleep(1000 if f"--device.process-id={number}" in sys.argv and next(count) == 8 else 0)
-    return placed(blue, batch)
-Blueprint.placed = hanging
-train.main()
-"""
-# and where process 1 cannot write its part of step 4
-FAILING = """
-import resource, sys
-from artifex import train
-from artifex.scaling import checkpoints
-save = checkpoints.Checkpoints.save
-def failing(self, step, tree, metadata):
-    fails = "--device.process-id=1" in sys.argv and step == 4
-    if fails:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (16, resource.RLIM_INFINITY))
-    save(self, step, tree, metadata)
-    if fails:
-        self._pending[1].exception()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-checkpoints.Checkpoints.save = failing
+number, place, count = sys.argv.pop(1), sys.argv.pop(1), itertools.count()
+owner, name, when = {
+    "batch": (Blueprint, "placed", 8),
+    "save": (Checkpoints, "save", 2),
+    "look": (Saver, "look", 3),
+}[place]
+function = getattr(owner, name)
+def hanging(*args):
+    time.sleep(1000 if f"--device.process-id={number}" in sys.argv and next(count) == when else 0)
+    return function(*args)
+setattr(owner, name, hanging)
 train.main()
 """
 
@@ -62,56 +53,6 @@ train.main()
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_source(tmp_path_factory.mktemp("run"))
-
-
-@contextlib.contextmanager
-def started(folder, *words, only=(0, 1), program=None, env=lambda process: {}):
-    """Processes 0 and 1 of a run, or one of them; whatever is left of them is ended at the end."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    begin = ["-m", "artifex.train"] if program is None else program
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = []
-    for process in only:
-        meeting = [f"--device.coordinator=127.0.0.1:{port}", "--device.processes=2", f"--device.process-id={process}"]
-        command = [sys.executable, *begin, "c.json", *words, *meeting, f"--device.lost-after={LIMIT}"]
-        running.append(subprocess.Popen(command, cwd=folder, env=environment(**env(process)), **pipes))
-    try:
-        yield running
-    finally:
-        for process in running:
-            if process.poll() is None:
-                process.kill()
-            process.communicate()
-
-
-def script(folder, text, *words):
-    """The text as a program, to be started with these words."""
-    (folder / "program.py").write_text(text)
-    return [str(folder / "program.py"), *words]
-
-
-def saved(run, processes, after=0, within=120):
-    """Return once a step after that one is saved; training goes on."""
-    until = time.monotonic() + within
-    while time.monotonic() < until and all(process.poll() is None for process in processes):
-        with Checkpoints(run / "checkpoints") as checkpoints:
-            if max(checkpoints.steps(), default=0) > after:
-                return
-        time.sleep(0.1)
-    raise AssertionError([process.communicate(timeout=30) for process in processes])
-
-
-def left(process, within):
-    """Exit code and stderr of a process that leaves in so many seconds."""
-    began = time.monotonic()
-    _, err = process.communicate(timeout=60)
-    assert time.monotonic() - began < within, err
-    return process.returncode, err
-
-
-def is_one_sentence(err):
-    return err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
 
 
 @pytest.mark.parametrize(
@@ -210,12 +151,16 @@ def test_a_process_that_is_busy_for_long_is_not_lost(folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hangs", [0, 1])
-def test_a_process_that_lives_and_hangs_is_named_by_both(hangs, folder, tmp_path):
+@pytest.mark.parametrize(
+    ("place", "does"),
+    [("batch", "reads the batch of step"), ("save", "saves after step"), ("look", "saves after step")],
+)
+def test_a_process_that_lives_and_hangs_is_named_by_both(place, does, hangs, folder, tmp_path):
     words = ["--run-dir", str(tmp_path / "run"), *ENDLESS, "--device.stuck-after=5"]
-    with started(folder, *words, program=script(tmp_path, HANGING, str(hangs))) as processes:
+    with started(folder, *words, program=script(tmp_path, HANGING, str(hangs), place)) as processes:
         saved(tmp_path / "run", processes)
         ended = [left(process, 50) for process in processes]
-    why = r"it lives, but reads the batch of step \d+ for more than 5 s; step \d+ is saved; start all"
+    why = rf"it lives, but {does} \d+ for more than 5 s; step \d+ is saved; start all"
     for process, (code, err) in enumerate(ended):
         who = (
             f"this process, {hangs} of 2, was taken for lost by the others"
@@ -254,16 +199,3 @@ def test_all_that_are_killed_leave_a_run_that_goes_on(folder, tmp_path):
     command = [sys.executable, "-m", "artifex.train", "c.json", *words, "--logging.every=2"]
     ended = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0 and f"resumed from step {step}" in ended.stdout, ended.stderr
-
-
-@pytest.mark.slow
-def test_a_save_that_fails_on_one_process_fails_on_both_and_holds_neither(folder, tmp_path):
-    run = tmp_path / "run"
-    words = ["--run-dir", str(run), "--device.fsdp=2", "--training.steps=8", "--checkpoint.every=2"]
-    words += ["--logging.every=2", "--checkpoint.on-failure=go_on"]
-    with started(folder, *words, program=script(tmp_path, FAILING)) as processes:
-        ended = [process.communicate(timeout=120) for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], ended
-    assert "step 4 was not saved" in ended[0][0] and "process 1: " in ended[0][0] and "File too large" in ended[0][0]
-    with Checkpoints(run / "checkpoints") as checkpoints:
-        assert checkpoints.newest_restorable() == (8, []) and checkpoints.steps() == [2, 6, 8]
