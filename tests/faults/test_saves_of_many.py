@@ -25,6 +25,8 @@ def fails(self, step, tree, metadata):
     if step == 4 and f"--device.process-id={number}" in sys.argv:
         failing.append(step)
         open("failing", "w").write(str(time.time()))
+    if step == 6:
+        open("going", "w").write(str(time.time()))
         if point == "written":
             resource.setrlimit(resource.RLIMIT_FSIZE, (16, resource.RLIM_INFINITY))
     try:
@@ -68,10 +70,13 @@ def steps(run):
 def test_a_save_that_fails_on_one_process_fails_on_both(point, fails, then, folder, tmp_path):
     run = tmp_path / "run"
     words = ["--run-dir", str(run), *WORDS]
+    for name in ("failing", "going"):
+        (folder / name).unlink(missing_ok=True)
     program = script(tmp_path, FAILING, str(fails), point)
     with started(folder, *words, f"--checkpoint.on-failure={then}", program=program) as processes:
         ended = [(*process.communicate(timeout=120), process.returncode) for process in processes]
-        after = time.time() - float((folder / "failing").read_text())
+        until = time.time() if then == "stop" else float((folder / "going").read_text())
+        after = until - float((folder / "failing").read_text())
     assert after < 10, ended
     why = rf"step 4 was not saved in {re.escape(str(run))}/checkpoints: process {fails}: .*(No space|File too large)"
     if then == "go_on":
