@@ -37,7 +37,7 @@ class Meetings:
         except RuntimeError as error:
             raise TimeoutError(f"not all processes came within {seconds:g} s") from error
         with contextlib.suppress(RuntimeError):  # nobody has said so
-            raise OtherFailed(store.key_value_try_get(f"{self._name}/failed"))
+            raise OtherFailed(store.key_value_try_get(self._failed(self._met)))
         self._over = False
 
     def end(self) -> None:
@@ -49,6 +49,10 @@ class Meetings:
         if self._over:
             return
         with contextlib.suppress(RuntimeError):  # another has said so
-            processes.key_value_store().key_value_set(f"{self._name}/failed", by_this(problem))
+            processes.key_value_store().key_value_set(self._failed(self._met + 1), by_this(problem))
         with contextlib.suppress(OtherFailed, TimeoutError):
             self.come(seconds)
+
+    def _failed(self, met: int) -> str:
+        # of one meeting: whoever looks late at the one before must still come to this
+        return f"{self._name}/{met}/failed"
