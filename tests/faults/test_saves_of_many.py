@@ -25,10 +25,10 @@ def fails(self, step, tree, metadata):
     if step == 4 and f"--device.process-id={number}" in sys.argv:
         failing.append(step)
         open("failing", "w").write(str(time.time()))
-    if step == 6:
-        open("going", "w").write(str(time.time()))
         if point == "written":
             resource.setrlimit(resource.RLIMIT_FSIZE, (16, resource.RLIM_INFINITY))
+    if step == 6:
+        open("going", "w").write(str(time.time()))
     try:
         save(self, step, tree, metadata)
         if failing and self._pending:
