@@ -22,6 +22,13 @@ import grid
 
 FITTED = ("llama", "dit", "unet", "vae")
 TARGET = f"cpu:{grid.DEVICES}"
+BY_HAND = (
+    {"data"},
+    {"fsdp"},
+    {"tensor"},
+    {"fsdp", "tensor"},
+    {"pipeline", "data"},
+)  # what people write without a planner
 
 
 def predicted(target: str, row: dict[str, Any]) -> dict[str, Any]:
@@ -99,6 +106,12 @@ def report(rows: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
     regrets(pairs, factors)
 
 
+def by_hand(settings: dict[str, Any]) -> bool:
+    """Whether it is data, FSDP, tensor, FSDP + tensor, ZeRO-1, or pipeline + data."""
+    axes = {axis for axis, size in settings["device"].items() if axis not in ("zero", "replica") and size > 1}
+    return axes in BY_HAND and settings["device"].get("zero", 0) <= (axes == {"data"})
+
+
 def regrets(pairs: list[tuple[dict[str, Any], dict[str, Any]]], factors: dict[bool, float]) -> None:
     """What the planner would choose of the grid's plans within a limit, by the roofline of the compiled programs: how
     much slower it is than the best that fits by XLA, and whether it fits by XLA itself."""
@@ -108,7 +121,7 @@ def regrets(pairs: list[tuple[dict[str, Any], dict[str, Any]]], factors: dict[bo
 
     cluster = Cluster.parse("gpu:h100:1x8")
     rate = cluster.compute_seconds(1.0, 0.0, "float32")
-    slower, exceeded, refused, fitting = [], 0, 0, 0
+    slower, behind, exceeded, refused, fitting = [], [], 0, 0, 0
     print("\n| family | limit | chosen | slower than the best | fits by XLA |")
     print("| --- | --- | --- | --- | --- |")
     for family in grid.FAMILIES:
@@ -137,12 +150,17 @@ def regrets(pairs: list[tuple[dict[str, Any], dict[str, Any]]], factors: dict[bo
                 continue
             best = min(time for time, fit in zip(times, fits, strict=True) if fit)
             slower.append(times[chosen] / best - 1)
+            written = [
+                time for (row, _), time, fit in zip(of, times, fits, strict=True) if fit and by_hand(row["settings"])
+            ]
+            behind += [times[chosen] / min(written) - 1] if written else []
             first = "yes" if order[0] == chosen else "not the first"
             print(f"| {family} | {limit / 2**20:.0f} MiB | {of[chosen][1]['spread']} | {slower[-1]:.1%} | {first} |")
     print(
         f"\n{len(slower)} choices: within 3 % of the best in {np.mean(np.array(slower) <= 0.03):.0%}, at worst "
         f"{max(slower):.1%}; {exceeded} first choices exceed the limit by XLA; {refused} of {fitting} plans that fit "
-        "are predicted not to"
+        f"are predicted not to; of {len(behind)} choices beside which the grid has a plan by hand that fits, "
+        f"{sum(each > 0 for each in behind)} are slower than it, at worst {max(behind, default=0.0):.1%}"
     )
 
 
