@@ -109,7 +109,7 @@ def cluster_of(config: AutoDistConfig) -> Cluster:
         measured = Measured.load(folder)
     else:
         return cluster
-    return dataclasses.replace(cluster, hardware=measured.hardware(cluster.hardware))
+    return dataclasses.replace(cluster, hardware=measured.hardware(cluster.hardware, cluster.device_count))
 
 
 def _named(device: Any) -> str:

@@ -5,7 +5,8 @@
     measured.seconds("all-reduce", 2**20, devices=8)  # between the sizes that were measured
 
 A time is the median of several runs of a program that does one thing many times over, so that its start counts little.
-What fails is kept as the error that it failed with, never as a number.
+What fails is kept as the error that it failed with, never as a number. Whole steps of training that a tune measured
+(`artifex.tuning`) stand beside these rows: what they reach goes before what products alone reach.
 """
 
 from __future__ import annotations
@@ -91,6 +92,39 @@ class Row:
         return (2 * self.size**3 if self.what == "product" else self.size) / self.seconds
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step of training that was measured: `seconds` of it, of `predicted` ones by what was known then. Of a device,
+    of so many `devices`: its `flops`, and by prediction the seconds of the `rest`, what it sends above all."""
+
+    model: str
+    spread: str
+    batch: int
+    dtype: str
+    devices: int
+    flops: float
+    rest: float
+    predicted: float
+    seconds: float
+
+    def __post_init__(self) -> None:
+        named = all(isinstance(text, str) and text for text in (self.model, self.spread, self.dtype))
+        counted = all(type(n) is int and n > 0 for n in (self.batch, self.devices))
+        numbers = (self.flops, self.predicted, self.seconds)
+        timed = all(isinstance(x, int | float) and 0 < x < math.inf for x in numbers) and 0 <= self.rest < math.inf
+        if not (named and counted and timed):
+            raise ValueError(f"step {dataclasses.astuple(self)} is no measurement")
+
+    @property
+    def key(self) -> tuple[str, str, int, str, int]:
+        return self.model, self.spread, self.batch, self.dtype, self.devices
+
+    @property
+    def rate(self) -> float:
+        """FLOP/s of a device while it computes; 0 where the rest alone is predicted to take longer."""
+        return self.flops / (self.seconds - self.rest) if self.seconds > self.rest else 0.0
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Measured:
     """What was measured on devices of a kind, by a version of JAX. Prints as a table."""
@@ -98,6 +132,7 @@ class Measured:
     device: str
     version: str
     rows: tuple[Row, ...]
+    steps: tuple[Step, ...] = ()
 
     @classmethod
     def load(cls, folder: str | Path) -> Measured:
@@ -107,7 +142,9 @@ class Measured:
             found = json.loads(path.read_text(encoding="utf-8"))
             if found["schema"] != SCHEMA:
                 raise ValueError(f"its schema is {found['schema']!r}, expected {SCHEMA}")
-            return cls(str(found["device"]), str(found["jax"]), tuple(Row(**row) for row in found["rows"]))
+            rows = tuple(Row(**row) for row in found["rows"])
+            steps = tuple(Step(**step) for step in found.get("steps", ()))  # which files of before have not
+            return cls(str(found["device"]), str(found["jax"]), rows, steps)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is no profile: {_said(error)}; give re_profile to measure again") from error
 
@@ -134,21 +171,37 @@ class Measured:
         logs = np.log(np.array(points))
         return float(np.exp(np.interp(math.log(bytes_sent), logs[:, 0], logs[:, 1])))
 
-    def hardware(self, base: Hardware) -> Hardware:
+    def hardware(self, base: Hardware, devices: int | None = None) -> Hardware:
         """`base` with what was measured in its place: by dtype the fastest product, so that its efficiency is 1; the
         memory by the largest elementwise work; `inside` and its latency by the best of the rings. Of each the rows of
-        most devices at once. What was not measured stays, `links` of a slice too."""
+        most devices at once. Where whole steps were measured, the median of what these reach goes before products: of
+        steps on as many `devices`, or nearly, by default on the most. What was not measured stays, `links` of a slice
+        too."""
         new: dict[str, Any] = {"flops": {dtype: peak * base.efficiency for dtype, peak in base.flops.items()}}
         for row in sorted(self._widest("product"), key=lambda row: row.rate):
             new["flops"][row.dtype] = row.rate
+        new["flops"] |= self._of_steps(devices)
         if rows := self._widest("elementwise"):
             new["bandwidth"] = max(rows, key=lambda row: row.size).rate
         if rows := self._widest(*RINGS):
             new["inside"] = max(row.rate for row in rows)
             new["latency_inside"] = min((row.seconds or 0.0) / (RINGS[row.what] * (row.devices - 1)) for row in rows)
-        what = ", ".join(dict.fromkeys(row.what for row in self.rows if not row.error)) or "nothing"
+        kinds = [row.what for row in self.rows if not row.error] + ["steps of training"] * bool(self.steps)
+        what = ", ".join(dict.fromkeys(kinds)) or "nothing"
         new["source"] = f"measured on {self.device} with JAX {self.version}: {what}; the rest: {base.source}"
         return dataclasses.replace(base, efficiency=1.0, **new)
+
+    def _of_steps(self, devices: int | None) -> dict[str, float]:
+        """Dtype -> the median FLOP/s of steps in it, those of the nearest number of devices."""
+        found: dict[str, float] = {}
+        for dtype in {step.dtype for step in self.steps}:
+            steps = [step for step in self.steps if step.dtype == dtype and step.rate > 0]
+            counts = {step.devices for step in steps}
+            wanted = max(counts, default=1) if devices is None else devices
+            near = min(counts, key=lambda n: (abs(math.log(n / wanted)), n), default=None)
+            if rates := [step.rate for step in steps if step.devices == near]:
+                found[dtype] = statistics.median(rates)
+        return found
 
     def _widest(self, *what: str) -> list[Row]:
         """Rows of `what`, those of most devices at once."""
@@ -165,6 +218,9 @@ class Measured:
             unit = "GFLOP/s" if row.what == "product" else "GB/s"
             result = f"failed: {row.error}" if row.error else f"{row.seconds:10.3g}  {row.rate / 1e9:,.4g} {unit}"
             lines.append(f"{row.what:18} {row.dtype:9} {row.size:12,} {row.devices:7} {result}")
+        for step in self.steps:
+            reached = f"{step.seconds:10.3g}  {step.rate / 1e9:,.4g} GFLOP/s, {step.predicted:.3g} s predicted"
+            lines.append(f"{'step':18} {step.dtype:9} {'':12} {step.devices:7} {reached}: {step.model}, {step.spread}")
         return "\n".join(lines)
 
 
@@ -191,20 +247,39 @@ def measure(
     devices = jax.local_devices() if devices is None else list(devices)
     device, sizes = devices[0].device_kind, sizes or (ON_CPU if devices[0].platform == "cpu" else Sizes())
     have: dict[Key, Row] = {}
+    steps: tuple[Step, ...] = ()
     if not again and (Path(folder) / FILE).exists():
-        found = Measured.load(folder)
-        for what, is_, expected in (("device", found.device, device), ("JAX", found.version, jax.__version__)):
-            if is_ != expected:
-                raise ValueError(
-                    f"{Path(folder) / FILE} has measurements of {what} {is_}, but this is {expected}; give re_profile "
-                    "to measure again, or another profile_dir"
-                )
-        have = {row.key: row for row in found.rows}
+        found = _of_these(folder, device)
+        have, steps = {row.key: row for row in found.rows}, found.steps
     wanted = list(dict.fromkeys(_wanted(len(devices) if parallel else 1, len(devices), sizes)))
     new = {key: _measure(key, devices, sizes) for key in wanted if key not in have}
     if new:
-        _write(Path(folder), Measured(device, jax.__version__, tuple((have | new).values())))
-    return Measured(device, jax.__version__, tuple((have | new)[key] for key in wanted))
+        _write(Path(folder), Measured(device, jax.__version__, tuple((have | new).values()), steps))
+    return Measured(device, jax.__version__, tuple((have | new)[key] for key in wanted), steps)
+
+
+def add_steps(folder: str | Path, device: str, steps: Sequence[Step]) -> Measured:
+    """Keep measured steps on a kind of device beside what the folder has; of the same step the newest counts. Raises
+    `ValueError` where the folder is of another kind of device or version of JAX."""
+    have = Measured(device, jax.__version__, ())
+    if (Path(folder) / FILE).exists():
+        have = _of_these(folder, device)
+    known = {step.key: step for step in (*have.steps, *steps)}
+    found = dataclasses.replace(have, steps=tuple(known.values()))
+    _write(Path(folder), found)
+    return found
+
+
+def _of_these(folder: str | Path, device: str) -> Measured:
+    """What a folder has of this kind of device, by this JAX. Raises `ValueError` where it is of others."""
+    found = Measured.load(folder)
+    for what, is_, expected in (("device", found.device, device), ("JAX", found.version, jax.__version__)):
+        if is_ != expected:
+            raise ValueError(
+                f"{Path(folder) / FILE} has measurements of {what} {is_}, but this is {expected}; give re_profile "
+                "to measure again, or another profile_dir"
+            )
+    return found
 
 
 def _write(folder: Path, measured: Measured) -> None:
@@ -212,7 +287,9 @@ def _write(folder: Path, measured: Measured) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{FILE}.{os.getpid()}"
     rows = [dataclasses.asdict(row) for row in measured.rows]
-    what = {"schema": SCHEMA, "device": measured.device, "jax": measured.version, "rows": rows}
+    what: dict[str, Any] = {"schema": SCHEMA, "device": measured.device, "jax": measured.version, "rows": rows}
+    if measured.steps:
+        what["steps"] = [dataclasses.asdict(step) for step in measured.steps]
     part.write_text(json.dumps(what, indent=1) + "\n", encoding="utf-8")
     part.replace(folder / FILE)
 
