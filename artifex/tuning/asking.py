@@ -17,6 +17,7 @@ from artifex.tuning.space import Space
 from artifex.tuning.ways import Way, single
 from artifex.tuning.worker import Failed, Worker
 
+FIRST = 300.0  # seconds in which devices are known
 PLANNING = 0.3  # of the time that is left, at most, for one answer
 
 
@@ -31,10 +32,11 @@ def planner_process(clock: Clock) -> Iterator[Worker]:
             worker.close()
 
 
-def devices(planner: Worker, run: Config, profile: str, limit: float) -> dict[str, Any]:
+def devices(planner: Worker, run: Config, profile: str) -> dict[str, Any]:
+    """What is there, and the run on it. Raises `ValueError` where it does not fit."""
     planner.ask("devices", config=run.to_dict(), profile=profile)
     try:
-        return planner.answer(limit)
+        return planner.answer(FIRST)
     except Failed as error:
         raise ValueError(str(error)) from None
     except Ended as ended:

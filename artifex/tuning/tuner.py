@@ -76,18 +76,19 @@ def auto_tune(
     are held by this process.
     """
     hours = None if tuning_budget_hours is None else _above_zero("tuning_budget_hours", tuning_budget_hours) * 60
-    minutes = _above_zero("budget", _one_of("budget", budget, "tuning_budget_hours", hours) or MINUTES)
+    given = _one_of("budget", budget, "tuning_budget_hours", hours)
+    minutes = MINUTES if given is None else _above_zero("budget", given)
     wanted: Objective = _one_of("objective", objective, "tuning_objective", tuning_objective) or "throughput"
     varied = _one_of("space", space, "strategy_space", strategy_space)
     _check(wanted, share, candidates)
+    limit, profile = _above_zero("time_limit", time_limit), str(profile_dir)
     run, called = run_of(model)
     check_space(run, varied, wanted)
     check_free()
-    limit, profile = _above_zero("time_limit", time_limit), str(profile_dir)
     with stop_signals() as signals, contextlib.ExitStack() as stack:
         clock = Clock(minutes * 60, signals)
         planner = stack.enter_context(planner_process(clock))
-        there = devices(planner, run, profile, min(limit, clock.left))
+        there = devices(planner, run, profile)
         check_cluster(cluster, there)
         run = Config.from_dict(there["config"])
         folder = Path(out or Path("tunes") / f"{name or called}-{there['hardware'].replace(':', '-')}-{there['count']}")
