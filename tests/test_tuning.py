@@ -14,7 +14,7 @@ from artifex.config_io import ConfigError
 from artifex.scaling.autodist.cluster import HARDWARE, Cluster
 from artifex.scaling.autodist.profile import FILE, Measured, Row, Sizes, Step, add_steps, measure
 from artifex.scaling.autodist.spread import Spread
-from artifex.tuning.board import Board
+from artifex.tuning.board import Board, Objective
 from artifex.tuning.calibrating import steps_of
 from artifex.tuning.here import check_cluster
 from artifex.tuning.presets import run_of
@@ -167,7 +167,7 @@ def test_each_way_is_first_as_often_as_the_others():
     assert all(sum(order[0] == way for order in orders) == 2 for way in ways)
 
 
-def filled(folder, shares: dict, *, objective="throughput", bytes_of=None, work=None, failed=()):
+def filled(folder, shares: dict, *, objective: Objective = "throughput", bytes_of=None, work=None, failed=()):
     """A board of ways whose rounds take these shares of the reference's time."""
     records = Records(folder, QUESTION)
     for way, values in {Way(): [1.0] * 12, **shares}.items():

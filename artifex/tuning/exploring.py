@@ -29,21 +29,22 @@ def explore_and_narrow(rotation: Rotation, ways: Sequence[Way]) -> None:
 
 def explore(rotation: Rotation, ways: Sequence[Way]) -> None:
     """Try `ways` in their order, then unions of those that were of help, until a share of the budget is spent."""
-    board, records, clock = rotation.board, rotation.records, rotation.clock
+    board, clock = rotation.board, rotation.clock
     start = clock.left
-    rotation.has(Way())
+    if board.reference is None and rotation.has(Way()):
+        rotation.rounds([Way()], 1)
     while clock.left > (1 - EXPLORING) * start and (way := next_way(rotation, ways)) is not None:
-        if not rotation.has(way) or (reference := board.reference) is None:
-            continue
-        if way == reference:  # the first that ran, as the run as configured failed
-            rotation.turn(way, rotation.round)
+        reference = board.reference
+        if reference is None:  # the run as configured failed
+            if rotation.has(way):
+                rotation.rounds([way], 1)
             continue
         rotation.rounds([reference, way], DUEL)
+        if not board.shares(way):
+            continue
         rotation.say(f"  {said_of(rotation, way)}")
-        if board.score(way) > CLEARLY * board.score(reference) or not math.isfinite(board.score(way)):
+        if board.score(way) > CLEARLY * board.score(reference):
             rotation.close(way)
-    if not any(record.turns for record in records.ways.values()) and board.reference is not None:
-        rotation.rounds([board.reference], DUEL)
 
 
 def next_way(rotation: Rotation, ways: Sequence[Way]) -> Way | None:
@@ -65,12 +66,12 @@ def next_way(rotation: Rotation, ways: Sequence[Way]) -> Way | None:
 def narrow(rotation: Rotation) -> None:
     """Rounds of the leaders and the reference, the slower half leaving after each few, until the last of them was
     compared often enough."""
-    board, clock = rotation.board, rotation.clock
+    board = rotation.board
     ranked = [way for way in board.ranked() if way != board.reference]
     best = board.score(ranked[0]) if ranked else math.inf
     leaders = [way for way in ranked if board.score(way) <= CLEARLY * best][:LEADERS]
     enough = rounds_needed(len(ranked)) + MORE_ROUNDS
-    while leaders and board.reference is not None and clock.left > 0:
+    while leaders and board.reference is not None and len(board.shares(leaders[0])) < enough:
         reference = board.reference
         together = [way for way in leaders if rotation.alone or way in rotation.living or _has_room(rotation, way)]
         for way in [*rotation.living]:
@@ -81,10 +82,7 @@ def narrow(rotation: Rotation) -> None:
         leaders = sorted((way for way in leaders if board.shares(way)), key=board.score)
         if leaders:
             rotation.say(f"  {len(leaders)} left, first {said_of(rotation, leaders[0])}")
-        if len(leaders) > 1:
-            leaders = leaders[: math.ceil(len(leaders) / 2)]
-        elif leaders and len(board.shares(leaders[0])) >= enough:
-            return
+        leaders = leaders[: math.ceil(len(leaders) / 2)]
 
 
 def _has_room(rotation: Rotation, way: Way) -> bool:

@@ -50,7 +50,7 @@ class Worker:
     def ask(self, do: str, **what: Any) -> None:
         """Tell it what to do."""
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # `answer` says why it has ended
+        with contextlib.suppress(BrokenPipeError, ValueError):  # of a pipe that is closed: `answer` says why
             self.process.stdin.write(json.dumps({"do": do, **what}).encode() + b"\n")
             self.process.stdin.flush()
 
@@ -58,6 +58,8 @@ class Worker:
         """What it says next. Raises `Failed` where that is an error, where it ended, or took more than `limit`
         seconds."""
         assert self.process.stdout is not None
+        if self._closed:
+            raise Failed("its process was ended")
         until = time.monotonic() + limit
         while b"\n" not in self._read:
             self.check()
@@ -81,7 +83,8 @@ class Worker:
         return self.process.poll() is None
 
     def close(self, *, keep_log: bool = False) -> None:
-        """End it, and what it started. The second time nothing is left to do."""
+        """End it, and what it started; of the log a file with nothing in it goes as well. The second time nothing is
+        left to do."""
         if self._closed:
             return
         self._closed = True
@@ -92,7 +95,7 @@ class Worker:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        if not keep_log:
+        if not (keep_log and self.log.stat().st_size):
             self.log.unlink(missing_ok=True)
 
     def _ended(self) -> str:
