@@ -282,7 +282,8 @@ def test_no_process_outlives_a_tune_that_was_killed(run, tmp_path):
     process.kill()
     process.wait()
     until(lambda: not any(map(lives, there)), 5)
-    assert there and Records(tmp_path / "out", json.loads((tmp_path / "out" / FILE).open().readline())["question"])
+    question = json.loads((tmp_path / "out" / FILE).read_bytes().splitlines()[0])["question"]
+    assert there and Records(tmp_path / "out", question).of(Way()).turns
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def test_a_space_is_read_from_text_or_a_mapping_alike():
 
 
 def test_a_name_alone_has_the_usual_values_and_mixed_adds_the_axes():
-    usual = default("cpu", 1, objective="throughput", stacked=True, attends=True, rows=6)
+    usual = default("cpu", 1, objective="throughput", stacked=True, attention=["tiles"], rows=6)
     assert Space.parse("gradient-accumulation", usual).fields == (("gradient_accumulation", (1, 2)),)  # 4 leaves a rest
     for name in ("mixed", "mixed_parallel"):
         asked = Space.parse(name, usual)
@@ -59,11 +59,16 @@ def test_a_name_alone_has_the_usual_values_and_mixed_adds_the_axes():
 
 
 def test_what_cannot_vary_is_not_in_the_usual_space():
-    convolutions = default("cpu", 1, objective="throughput", stacked=False, attends=False, rows=16)
+    convolutions = default("cpu", 1, objective="throughput", stacked=False, attention=[], rows=16)
     assert [name for name, _ in convolutions.fields] == ["gradient_accumulation"] and convolutions.axes == ()
-    many = default("gpu", 8, objective="throughput", stacked=True, attends=True, rows=16)
-    assert many.axes and many.of("remat") == () and "cudnn" in many.of("attention")
-    assert "full" in default("cpu", 1, objective="memory", stacked=True, attends=True, rows=16).of("remat")
+    how = {"stacked": True, "rows": 16}
+    many = default("gpu", 8, objective="throughput", attention=["cudnn"], **how)
+    assert many.axes and many.of("remat") == () and many.of("attention") == ("auto", "blockwise")
+    one = default("cpu", 1, objective="memory", attention=["tiles"], **how)
+    assert "full" in one.of("remat") and one.of("attention") == ("auto", "blockwise")  # not the one that auto takes
+    both = default("cpu", 1, objective="throughput", attention=["blockwise", "tiles"], **how)
+    assert both.of("attention") == ("auto", "tiles", "blockwise")
+    assert default("gpu", 8, objective="throughput", attention=["ring"], **how).of("attention") == ()
 
 
 @pytest.mark.parametrize(

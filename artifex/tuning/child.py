@@ -84,12 +84,12 @@ def devices(config: Config, profile: str) -> dict[str, Any]:
     import jax
 
     from artifex.cli import versions
+    from artifex.models.attention import recording
     from artifex.scaling.autodist.spread import Spread
     from artifex.scaling.execution import PLATFORMS
     from artifex.training.memory import device_bytes
     from artifex.training.planning import RunSubject, partitioned
     from artifex.training.state import planned
-    from artifex.training.task import attention_of
 
     if jax.process_count() > 1:
         raise ValueError(f"a tune is of one process, but JAX runs {jax.process_count()}; start it alone")
@@ -103,16 +103,19 @@ def devices(config: Config, profile: str) -> dict[str, Any]:
         accumulation=how.gradient_accumulation,
         rows=how.batch_size,
     )
+    subject, on = RunSubject(config), PLATFORMS.get(first.platform, "gpu")
+    with recording() as attention:
+        subject.traced(at, on)
     return {
         "config": config.to_dict(),
-        "platform": PLATFORMS.get(first.platform, "gpu"),
+        "platform": on,
         "kind": first.device_kind,
         "count": jax.device_count(),
         "hardware": cluster_present(profile).hardware.name,
         "memory": device_bytes(),
         "versions": {name: version for name, version in versions().items() if name != "python"},
-        "stacked": RunSubject(config).blocks is not None,
-        "attends": attention_of(config) is not None,
+        "stacked": subject.blocks is not None,
+        "attention": sorted(attention),
         "at": dataclasses.asdict(at),
     }
 

@@ -7,7 +7,7 @@ Space.parse({"batch_size": [16, 32], "axes": ["data", "fsdp"]})
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from artifex.config import TrainingConfig
@@ -56,9 +56,12 @@ class Space:
         return " ".join([*parts, *([f"axes={','.join(self.axes)}"] if self.axes else [])]) or "nothing"
 
 
-def default(platform: str, devices: int, *, objective: str, stacked: bool, attends: bool, rows: int) -> Space:
-    """What varies unless it is said. `platform` "cpu", "gpu" or "tpu"; `stacked`: the model repeats blocks; `attends`:
-    it attends over a sequence; `rows`: of its batch.
+def default(
+    platform: str, devices: int, *, objective: str, stacked: bool, attention: Collection[str], rows: int
+) -> Space:
+    """What varies unless it is said. `platform` "cpu", "gpu" or "tpu"; `stacked`: the model repeats blocks;
+    `attention`: the implementations that its step takes as configured, none where it attends to nothing; `rows`: of its
+    batch.
 
     On several devices mesh, recomputation and microbatches come from the planner. The batch size stays: another one
     is another training.
@@ -67,9 +70,9 @@ def default(platform: str, devices: int, *, objective: str, stacked: bool, atten
     fields: dict[str, tuple[Any, ...]] = {}
     if stacked:
         fields["unroll"] = ("auto", 1) if one and platform == "cpu" else ("auto", 2, 4)
-    if attends:
-        kinds = {"cpu": ("tiles", "blockwise"), "gpu": ("cudnn", "blockwise"), "tpu": ("splash", "blockwise")}
-        fields["attention"] = ("auto", *kinds[platform])
+    if attention and "ring" not in attention:  # which is the one for parts of a sequence
+        kinds = {"cpu": ("tiles", "blockwise"), "gpu": ("cudnn", "blockwise"), "tpu": ("splash", "blockwise")}[platform]
+        fields["attention"] = ("auto", *(kind for kind in kinds if {kind} != {*attention}))
     if one:
         counts = (1, 2, 4, 8) if objective == "memory" else (1, 2, 4)
         fields["gradient_accumulation"] = tuple(count for count in counts if rows % count == 0)

@@ -138,7 +138,8 @@ def _check(objective: str, share: float, candidates: int) -> None:
 
 def check_space(run: Config, asked: Any, objective: str) -> None:
     """Raise `ConfigError` for names and values that are none, before anything is started."""
-    widest = spaces.default("cpu", 1, objective="memory", stacked=True, attends=True, rows=run.training.batch_size)
+    how: dict[str, Any] = {"stacked": True, "attention": ("tiles", "blockwise"), "rows": run.training.batch_size}
+    widest = spaces.default("cpu", 1, objective="memory", **how)
     if asked is not None and objective == "latency" and Space.parse(asked, widest).of("batch_size"):
         says = "is varied, but latency is the time of a step at the given batch; take it out, or ask for throughput"
         raise ConfigError(says, ("space", "batch_size"))
@@ -148,7 +149,7 @@ def check_space(run: Config, asked: Any, objective: str) -> None:
 
 def space_of(run: Config, asked: Any, objective: str, there: Mapping[str, Any]) -> Space:
     """What may vary on the devices that are there. Raises `ConfigError`."""
-    how = {"stacked": there["stacked"], "attends": there["attends"], "rows": run.training.batch_size}
+    how = {"stacked": there["stacked"], "attention": there["attention"], "rows": run.training.batch_size}
     usual = spaces.default(there["platform"], there["count"], objective=objective, **how)
     return usual if asked is None else Space.parse(asked, usual)
 
