@@ -22,9 +22,8 @@ from workers import Built, Variant
 
 import artifex
 from artifex.config import Config
-from artifex.training.memory import compile_step, placed_batch
+from artifex.training.memory import compile_step
 from artifex.training.state import blueprint, planned
-from artifex.training.task import batch_shapes
 from artifex.tuning.child import batches
 from artifex.tuning.standing import Spanned
 
@@ -83,8 +82,9 @@ def stepped(values: dict[str, Any], folder: str, steps: int) -> Built:
     config = Config.from_dict(values)
     plan = planned(config, jax.device_count())
     blue = blueprint(config, plan, plan.make_mesh())
-    rows = itertools.cycle([blue.placed(row) for row in batches(config, folder)[0]])
-    shapes: Any = {name: (leaf.shape, leaf.dtype) for name, leaf in placed_batch(blue, batch_shapes(config)).items()}
+    placed = [blue.placed(row) for row in batches(config, folder)[0]]
+    shapes: Any = {name: (value.shape, value.dtype) for name, value in placed[0].items()}
+    rows = itertools.cycle(placed)
     step, state = compile_step(blue, shapes), blue.init()
 
     def call() -> Any:

@@ -61,6 +61,10 @@ def directions() -> dict[str, tuple[set[str], set[str]]]:
             those_in("artifex.scaling"),
             those_in("artifex.scaling") | {"artifex", "artifex.config", *sections},
         ),
+        "tuning stands on top": (
+            everything - those_in("artifex.tuning") - programs - {"artifex"},
+            everything - those_in("artifex.tuning"),
+        ),
         "nothing imports a program": (everything, everything - programs),
     }
 

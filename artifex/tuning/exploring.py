@@ -67,7 +67,7 @@ def narrow(rotation: Rotation) -> None:
     """Rounds of the leaders and the reference, the slower half leaving after each few, until the last of them was
     compared often enough."""
     board = rotation.board
-    ranked = [way for way in board.ranked() if way != board.reference]
+    ranked = [way for way in board.ranked() if way != board.reference and math.isfinite(board.score(way))]
     best = board.score(ranked[0]) if ranked else math.inf
     leaders = [way for way in ranked if board.score(way) <= CLEARLY * best][:LEADERS]
     enough = rounds_needed(len(ranked)) + MORE_ROUNDS

@@ -18,7 +18,7 @@ from artifex.config import Config
 from artifex.tuning.board import Board
 from artifex.tuning.records import Built, Records
 from artifex.tuning.standing import Turn
-from artifex.tuning.ways import Way
+from artifex.tuning.ways import Way, named
 from artifex.tuning.worker import Failed, Worker
 
 PAUSE = 0.05  # seconds before each turn: threads were seen to spin for up to 20 ms after a call
@@ -178,6 +178,7 @@ class Rotation:
         known = {other.built.program: name for name, other in self.records.ways.items() if other.built}
         again = {} if record.built else known  # one that is built again is itself
         self.logs += 1
+        self.say(f"  building {named(way)}")
         worker = Worker(self.folder / "logs" / f"{os.getpid()}-{self.logs}.log", self.clock.check, **self.environment)
         alive = failed = False
         try:
@@ -185,7 +186,7 @@ class Rotation:
             program = worker.answer(self.limit)["program"]
             if program in again:
                 self.records.add(way, same=again[program])
-                self.say(f"  {way}: the same program as: {again[program]}")
+                self.say(f"  {way}: the same program as {named(again[program])}")
                 return False
             found = worker.answer(max(self.limit - (time.monotonic() - start), 1.0))
             built = Built(ready=time.monotonic() - start, program=program, **found)

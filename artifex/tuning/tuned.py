@@ -16,7 +16,7 @@ from artifex.training.metrics_file import write_whole
 from artifex.tuning.board import Board
 from artifex.tuning.records import Record
 from artifex.tuning.standing import Spanned, by_round
-from artifex.tuning.ways import Way
+from artifex.tuning.ways import Way, named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Row:
         """What is known of a way."""
         built, known = record.built, record.predicted
         timed = Spanned.of(list(by_round(record.turns).values())) if record.turns else None
-        says = f"failed: {record.failed}" if record.failed else f"the same program as: {record.same}"
+        says = f"failed: {record.failed}" if record.failed else f"the same program as {named(record.same or Way())}"
         says = says if record.failed or record.same else "" if record.turns else "not measured: no time was left"
         return cls(
             way,
@@ -150,7 +150,7 @@ def verdict(board: Board) -> str:
         return "nothing could be measured: every way failed"
     ranked = [way for way in board.ranked() if way != reference]
     if best == reference:
-        name = "the run as configured" if reference == Way() else str(reference)
+        name = named(reference)
         if not ranked:
             return f"{name} is the best: nothing else was measured"
         count = min(len(board.shares(way)) for way in ranked[:1])

@@ -58,6 +58,11 @@ class Way:
         return ", ".join(said) or "as configured"
 
 
+def named(way: Way) -> str:
+    """A way within a sentence."""
+    return "the run as configured" if way == Way() else str(way)
+
+
 NAMES = {"gradient_accumulation": "microbatches", "batch_size": "batch"}
 """A field of `training` -> what a table calls it."""
 
