@@ -14,12 +14,14 @@ import artifex
 from artifex import tune as command
 from artifex.cli import parse_train
 from artifex.config import Config
+from artifex.config_io import ConfigError
 from artifex.scaling.autodist.profile import Measured
 from artifex.training import memory
 from artifex.tuning import child
 from artifex.tuning.board import Board
 from artifex.tuning.records import FILE, Records
 from artifex.tuning.rotation import Clock, Rotation
+from artifex.tuning.tuner import alone_in
 from artifex.tuning.ways import Way
 from artifex.tuning.worker import Failed, Worker
 
@@ -154,6 +156,24 @@ def test_a_second_call_goes_on_and_another_question_is_refused(tuned, run, capsy
     assert caught.value.code == 2
     assert "run.training.batch_size is 4 there and 8 here; give another --out" in capsys.readouterr().err
     assert (out / FILE).read_bytes() == after
+
+
+def test_a_folder_that_another_process_tunes_in_is_refused(tmp_path):
+    program = (
+        "import sys; from artifex.training.run_lock import RunLock; lock = RunLock(sys.argv[1]); lock.take()\n"
+        "print('has it', flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"has it\n"
+        with (
+            pytest.raises(ConfigError, match=rf"in use by process {other.pid}.* choose another --out"),
+            alone_in(tmp_path),
+        ):
+            pass
+        other.communicate()
+    with alone_in(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 LEAST_GAIN = 0.02
-"""What a way must save to be called faster, as a share: two processes of the same program differ by up to so much."""
+"""What a way must save to be called faster, as a share: less is hardly worth another configuration, and processes of
+one program differ as well, for as long as they live (`benchmarks/tune.py` prints by how much)."""
 
 CHANCE = 0.05
 """How often a tune of ways that are all as fast may call one of them faster."""

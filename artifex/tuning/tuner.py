@@ -92,7 +92,7 @@ def auto_tune(
         check_cluster(cluster, there)
         run = Config.from_dict(there["config"])
         folder = Path(out or Path("tunes") / f"{name or called}-{there['hardware'].replace(':', '-')}-{there['count']}")
-        stack.enter_context(_alone_in(folder))
+        stack.enter_context(alone_in(folder))
         records = Records(folder, question(run, there), start_anew=start_anew)
         chosen = space_of(run, varied, wanted, there)
         say(f"{run.model.name} on {devices_text(there)}; may vary: {chosen}")
@@ -117,9 +117,10 @@ def _measured(asking: Asking, rotation: Rotation, space: Space, candidates: int)
         asking.planner.close()  # which holds the devices
         with rotation:
             explore_and_narrow(rotation, ways)
-        with planner_process(rotation.clock) as planner:
-            again = dataclasses.replace(asking, planner=planner)
-            again.predictions([way for way in records.ways if records.of(way).turns])
+        unknown = [way for way, record in records.ways.items() if record.turns and record.predicted is None]
+        if unknown:  # unions of several changes
+            with planner_process(rotation.clock) as planner:
+                dataclasses.replace(asking, planner=planner).predictions(unknown)
     except Ended as ended:
         return [*asking.notes, f"{ended}; give the same command again to go on"]
     return asking.notes
@@ -178,9 +179,9 @@ def _answer(
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Have the folder for oneself. Raises `ConfigError` where another process has it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     lock = RunLock(folder)
     try:
         lock.take()
