@@ -91,7 +91,7 @@ def tuned(run, tmp_path_factory):
         said: list[str] = []
         space = "unroll=1 attention=tiles,splash"
         how = {"out": folder / "out", "profile_dir": folder / "profile", "say": said.append}
-        return artifex.auto_tune(run, "cpu:1", budget=3, space=space, **how), folder, said
+        return artifex.auto_tune(run, "cpu:1", budget=10, space=space, **how), folder, said
 
 
 def test_all_ways_are_rows_with_what_was_measured_or_why_not(tuned, run):
@@ -141,7 +141,7 @@ def test_a_second_call_goes_on_and_another_question_is_refused(tuned, run, capsy
     _, folder, _ = tuned
     out = folder / "out"
     before = (out / FILE).read_bytes()
-    words = [str(run), "--out", str(out), "--profile-dir", str(folder / "profile"), "--budget", "3"]
+    words = [str(run), "--out", str(out), "--profile-dir", str(folder / "profile"), "--budget", "10"]
     command.main([*words, "--space", "unroll=1 attention=tiles,splash"])
     said = capsys.readouterr().out
     assert (
@@ -350,7 +350,7 @@ def test_on_eight_devices_the_planners_spreads_are_measured(run, tmp_path, monke
     how = {"out": tmp_path / "out", "profile_dir": tmp_path / "profile"}
     config = Config.from_file(run)
     config.training.batch_size = 8
-    found = artifex.auto_tune(config, "cpu:8", budget=4, space="axes=data,fsdp,tensor", candidates=3, **how)
+    found = artifex.auto_tune(config, "cpu:8", budget=10, space="axes=data,fsdp,tensor", candidates=3, **how)
     spreads = [row.way.spread for row in found.rows if row.way.spread is not None]
     assert spreads and all(spread.devices == 8 for spread in spreads)
     assert any(row.seconds is not None and row.way.spread is not None for row in found.rows)
