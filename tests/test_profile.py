@@ -19,7 +19,7 @@ from artifex.config import Config
 from artifex.profiling import scopes
 from artifex.profiling.graph import graph
 from artifex.profiling.profiler import profile
-from artifex.profiling.trace import covered
+from artifex.profiling.trace import covered, read
 from artifex.scaling.communication import Collective
 from artifex.scaling.mesh_utils import create_device_mesh
 from artifex.scaling.peak import Peak
@@ -168,6 +168,40 @@ def test_spans_that_overlap_count_once():
     spans = [(begin, begin + size) for begin, size in zip(begins, sizes, strict=True)]
     ticks = set(itertools.chain.from_iterable(range(*span) for span in spans))
     assert covered(spans) == len(ticks)
+
+
+SPACES = {
+    "gpu": """
+planes { name: "/device:GPU:1"
+  lines { name: "Stream #13(Compute)" timestamp_ns: 1000
+    events { metadata_id: 1 offset_ps: 5000000 duration_ps: 2000000 stats { metadata_id: 1 str_value: "fusion.7" } } }
+  lines { name: "XLA Modules"
+    events { metadata_id: 2 duration_ps: 9000000 stats { metadata_id: 1 str_value: "fusion.7" } } }
+  event_metadata { key: 1 value { id: 1 name: "loop_add_kernel" } }
+  event_metadata { key: 2 value { id: 2 name: "jit_step" } }
+  stat_metadata { key: 1 value { id: 1 name: "hlo_op" } } }
+planes { name: "/host:CPU" lines { name: "python" events { metadata_id: 1 duration_ps: 1 } }
+  event_metadata { key: 1 value { id: 1 name: "fusion.7" } } }""",
+    "tpu": """
+planes { name: "/device:TPU:1"
+  lines { name: "XLA Ops" timestamp_ns: 1000 events { metadata_id: 1 offset_ps: 5000000 duration_ps: 2000000 } }
+  lines { name: "Steps" events { metadata_id: 2 duration_ps: 9000000 } }
+  event_metadata { key: 1 value { id: 1 name: "%fusion.7 = f32[8]{0} fusion(f32[8]{0} %p), kind=kLoop" } }
+  event_metadata { key: 2 value { id: 2 name: "0" } } }""",
+}
+
+
+@pytest.mark.parametrize("backend", SPACES)
+def test_a_trace_of_an_accelerator_names_devices_and_operations(backend, tmp_path):
+    """By the lines that the two backends write; no trace of one was there to try."""
+    space = jax.profiler.ProfileData.text_proto_to_serialized_xspace(SPACES[backend])
+    (tmp_path / "host.xplane.pb").write_bytes(space)
+    (event,) = read(tmp_path)
+    assert (event.device, event.operation) == (1, "fusion.7")
+    assert event.begin == pytest.approx(6e-6) and event.seconds == pytest.approx(2e-6)
+    assert not read(tmp_path, {"fusion.7"})
+    with pytest.raises(FileNotFoundError, match="has no trace"):
+        read(tmp_path / "nowhere")
 
 
 def test_waiting_for_data_and_saving_are_beside_the_steps(of_run):
