@@ -8,15 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from artifex.profiling import profile as profile
     from artifex.training.restore import restore as restore
     from artifex.tuning.tuner import auto_tune as auto_tune
 
 __version__ = "0.1.0"
-__all__ = ["auto_tune", "restore"]
+__all__ = ["auto_tune", "profile", "restore"]
 
 
 def __getattr__(name: str) -> Any:
-    """`artifex.restore` and `artifex.auto_tune`, which need JAX, are imported when they are first asked for."""
+    """`artifex.auto_tune`, `artifex.profile` and `artifex.restore`, which need JAX, are imported when first asked for."""
     if name == "restore":
         from artifex.training.restore import restore
 
@@ -25,4 +26,8 @@ def __getattr__(name: str) -> Any:
         from artifex.tuning.tuner import auto_tune
 
         return auto_tune
+    if name == "profile":
+        from artifex.profiling import profile
+
+        return profile
     raise AttributeError(f"module 'artifex' has no attribute {name!r}")

@@ -26,6 +26,7 @@ from artifex.training.memory import compile_step
 from artifex.training.state import blueprint, planned
 from artifex.tuning.child import batches
 from artifex.tuning.standing import Spanned
+from artifex.tuning.ways import Way
 
 SECONDS = 0.5  # of a call, about
 ALL = (
@@ -57,7 +58,8 @@ def compared(name: str, folder: Path, budget: float, rounds: int) -> str:
     how: dict[str, Any] = {"out": folder / Path(name).stem, "profile_dir": folder / "profile"}
     found = artifex.auto_tune(name, budget=budget, say=lambda line: print(line, flush=True), **how)
     print(f"\n{found}\n", flush=True)
-    step = next(row.seconds.median for row in found.rows if row.seconds is not None)
+    if (step := next((row.seconds.median for row in found.rows if row.way == Way() and row.seconds), None)) is None:
+        return f"{Path(name).stem:32} {'not measured':>24} {'':>24} {'':>11}  {found.verdict}"
     steps = max(1, round(SECONDS / step))
     wanted = {"configured": found.run, "configured again": found.run}
     wanted |= {} if found.is_default else {"chosen": found.config}
