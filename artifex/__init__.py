@@ -17,7 +17,7 @@ __all__ = ["auto_tune", "profile", "restore"]
 
 
 def __getattr__(name: str) -> Any:
-    """`artifex.auto_tune`, `artifex.profile` and `artifex.restore`, which need JAX, are imported when first asked for."""
+    """What needs JAX is imported when it is first asked for."""
     if name == "restore":
         from artifex.training.restore import restore
 
