@@ -53,7 +53,10 @@ def directions() -> dict[str, tuple[set[str], set[str]]]:
         "names import nothing": ({"artifex.scaling.names"}, set()),
         "rules import names alone": ({"artifex.scaling.rules"}, {"artifex.scaling.names"}),
         "axes import names and rules alone": (axes, {"artifex.scaling.names", "artifex.scaling.rules"}),
-        "layers import no other model": ({"artifex.models.layers"}, names | {"artifex.models.cpu"}),
+        "layers import no other model": (
+            {"artifex.models.layers"},
+            names | {"artifex.models.cpu", "artifex.models.module"},
+        ),
         **{f"{min(family)} imports no other family": (family, family | shared | names) for family in families},
         "only the list of models imports families": (shared - {"artifex.models"}, shared | names),
         "models import names and execution of all scaling": (models, models | names),

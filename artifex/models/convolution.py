@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from artifex.models.layers import parameter
+from artifex.models.module import Module
 from artifex.scaling import axes
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -58,7 +59,7 @@ def _plus(y_BHWO: jax.Array, bias: nnx.Param | None, channels: str) -> jax.Array
     return y_BHWO if bias is None else y_BHWO + axes.shard(bias[...], channels)[None, None, None]
 
 
-class Conv(nnx.Module):
+class Conv(Module):
     """A square convolution (B, H, W, I) -> (B, H / stride, W / stride, O), zero-padded so that stride 1 keeps the size.
 
     `names` are those of the kernel's channel dims. `padding` (before, after) on both spatial dims replaces the even
@@ -97,7 +98,7 @@ def convolve(x_BHWI: jax.Array, kernel: jax.Array, stride: int, padding: tuple[i
     return jax.lax.conv_general_dilated(x_BHWI, kernel, (stride, stride), [padding, padding], dimension_numbers=NHWC)
 
 
-class GroupNorm(nnx.Module):
+class GroupNorm(Module):
     """Each group of channels of each example to mean 0 and deviation 1, in float32, then scale and bias by channel.
 
     Wu and He 2018 (arXiv:1803.08494). `groups` divides `channels`. Named `conv_hidden`, a device norms its own
@@ -140,7 +141,7 @@ def upsample(x_BHWC: jax.Array) -> jax.Array:
     return x.reshape(B, 2 * H, 2 * W, C)
 
 
-class UpConv(nnx.Module):
+class UpConv(Module):
     """A transposed convolution of window 4 and stride 2: (B, H, W, I) -> (B, 2H, 2W, O).
 
     Computed as four convolutions of window 2, one for each phase of the output, which XLA runs seven times faster on a

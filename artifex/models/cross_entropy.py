@@ -56,6 +56,7 @@ def without(logits_BTV: jax.Array, never: int) -> jax.Array:
     return jnp.where(jnp.arange(logits_BTV.shape[-1])[None, None] == never, HIDDEN, logits_BTV)
 
 
+@jax.named_scope("cross_entropy")
 def cross_entropy(
     x_BTD: jax.Array,
     head_DV: jax.Array,

@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from artifex.models import cpu
+from artifex.models.module import Module
 from artifex.scaling import axes
 from artifex.scaling.execution import current_execution
 from artifex.scaling.local import index, local, parts
@@ -81,7 +82,7 @@ def freeze(module: nnx.Module) -> nnx.Module:
     return module
 
 
-class Linear(nnx.Module):
+class Linear(Module):
     """y = x W + b over one or more trailing dims of x.
 
     `shape` is (*inputs, *outputs) with `inputs` many input dims; `names` names each. Weights start as a normal
@@ -205,7 +206,7 @@ def take_of_few(table: jax.Array, ids: jax.Array) -> jax.Array:
     return take_rows(axes.shard(table, None, None), ids)
 
 
-class Embed(nnx.Module):
+class Embed(Module):
     """A table of `count` learned vectors; `names` are those of its two dims."""
 
     def __init__(self, count: int, features: int, names: Sequence[str], *, std: float = 0.02, rngs: nnx.Rngs):
@@ -218,7 +219,7 @@ class Embed(nnx.Module):
             return self.take(self.table[...], ids)
 
 
-class RMSNorm(nnx.Module):
+class RMSNorm(Module):
     """x / rms(x) * scale over the last dim, in float32. Zhang and Sennrich 2019 (arXiv:1910.07467)."""
 
     def __init__(self, features: int, name: str = "embed", *, eps: float = 1e-5):
@@ -231,7 +232,7 @@ class RMSNorm(nnx.Module):
         return x32.astype(x.dtype) * _lift(self.scale[...], x.ndim)
 
 
-class LayerNorm(nnx.Module):
+class LayerNorm(Module):
     """(x - mean) / std * scale + bias over the last dim, in float32. Ba et al. 2016 (arXiv:1607.06450)."""
 
     def __init__(self, features: int, name: str = "embed", *, eps: float = 1e-5, bias: bool = True):

@@ -12,10 +12,11 @@ from flax import nnx
 from artifex.models import layers
 from artifex.models.attention import dot_product_attention
 from artifex.models.convolution import Conv, GroupNorm, by_channels, image, upsampled_convolve
+from artifex.models.module import Module
 from artifex.scaling import axes
 
 
-class ResnetBlock(nnx.Module):
+class ResnetBlock(Module):
     """x + conv2(dropout(silu(norm2(conv1(silu(norm1(x))) + W silu(c))))): Ho et al. 2020 (arXiv:2006.11239).
 
     With `scale_shift`, (scale, shift) = W silu(c) act after the second norm, norm2(h) (1 + scale) + shift, as in
@@ -69,7 +70,7 @@ class ResnetBlock(nnx.Module):
         return self.norm2(h_BHWC) * (1 + scale) + shift
 
 
-class SpatialAttention(nnx.Module):
+class SpatialAttention(Module):
     """x + out(attention over all pixels of the group norm of x), heads dividing the channels.
 
     `out_scale` is the `scale` of the first weights of `out`: with 0 it starts as the identity.
@@ -124,7 +125,7 @@ def _attend(q_BSND: jax.Array, k_BSND: jax.Array, v_BSND: jax.Array) -> jax.Arra
     return mixed.reshape(B, S // ways, N, ways, D).transpose(0, 3, 1, 2, 4).reshape(B, S, N, D)
 
 
-class Downsample(nnx.Module):
+class Downsample(Module):
     """A 3x3 convolution of stride 2: (B, H, W, C) -> (B, H/2, W/2, C). `padding` is that before and after."""
 
     def __init__(self, channels: int, padding: tuple[int, int] = (1, 1), *, rngs: nnx.Rngs):
@@ -134,7 +135,7 @@ class Downsample(nnx.Module):
         return self.conv(x_BHWC)
 
 
-class Upsample(nnx.Module):
+class Upsample(Module):
     """Each pixel as a square of four, then a 3x3 convolution: (B, H, W, C) -> (B, 2H, 2W, C)."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):

@@ -43,8 +43,9 @@ def make_step(blue: Blueprint) -> Callable[[TrainState, Batch], tuple[TrainState
         # the optimizer computes in float32, whatever parameters and gradients are kept in
         grads, trained = in_dtype(grads, "float32"), in_dtype(trained, "float32")
         moments, averaged = fetched((state.optimizer, state.ema), (blue.shardings.optimizer, blue.shardings.ema))
-        updates, optimizer = blue.optimizer.update(grads, moments, trained)
-        trained = optax.apply_updates(trained, updates)
+        with jax.named_scope("optimizer"):
+            updates, optimizer = blue.optimizer.update(grads, moments, trained)
+            trained = optax.apply_updates(trained, updates)
         ema, ema_buffers = averaged, state.ema_buffers
         if decay is not None:
             # warms up as (1 + t) / (10 + t), so that the average forgets the random start

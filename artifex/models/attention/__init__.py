@@ -40,6 +40,7 @@ SEGMENTS = ("batch", "sequence")
 _TAKEN: contextvars.ContextVar[set[Implementation] | None] = contextvars.ContextVar("artifex_attention", default=None)
 
 
+@jax.named_scope("dot_product_attention")
 def dot_product_attention(
     query_BTNH: jax.Array,
     key_BSKH: jax.Array,

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from artifex.models import cpu, layers
 from artifex.models.diffusion.networks import DiTConfig, MMDiTConfig
+from artifex.models.module import Module
 from artifex.scaling import axes
 
 
@@ -29,7 +30,7 @@ def time_sinusoids(t_B: jax.Array, count: int, *, cosine_first: bool, shift: int
     return jnp.concatenate(parts, axis=-1)
 
 
-class TimeEmbedding(nnx.Module):
+class TimeEmbedding(Module):
     """second(silu(first(sinusoids of t))): (B,) -> (B, condition), for t in the network's own range."""
 
     def __init__(self, frequencies: int, condition: int, *, cosine_first: bool = True, shift: int = 1, rngs: nnx.Rngs):
@@ -43,7 +44,7 @@ class TimeEmbedding(nnx.Module):
         return self.second(jax.nn.silu(self.first(waves_BF.astype(self.first.kernel.dtype))))
 
 
-class ClassEmbedding(nnx.Module):
+class ClassEmbedding(Module):
     """A vector for each of `num_classes` labels, and one more, at `num_classes`, that means none."""
 
     def __init__(self, num_classes: int, condition: int, *, rngs: nnx.Rngs):
@@ -67,7 +68,7 @@ class ClassEmbedding(nnx.Module):
         return layers.take_of_few(self.table[...], label_B)
 
 
-class Condition(nnx.Module):
+class Condition(Module):
     """The embedding of time plus, where the network has classes, that of the label: (B, condition)."""
 
     def __init__(
@@ -108,7 +109,7 @@ def position_table(features: int, side: int, grid: int) -> np.ndarray:
     return np.concatenate([of_column, of_row], -1).reshape(-1, features).astype(np.float32)
 
 
-class Patches(nnx.Module):
+class Patches(Module):
     """A linear map of each square of pixels to a token, plus the fixed table of places: (B, H, W, C) -> (B, T, D)."""
 
     def __init__(self, cfg: DiTConfig | MMDiTConfig, grid: int | None = None, *, rngs: nnx.Rngs):
@@ -159,7 +160,7 @@ def modulate(x_BTD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.
     return x_BTD * (1 + scale_BD[:, None]) + shift_BD[:, None]
 
 
-class Modulation(nnx.Module):
+class Modulation(Module):
     """Six vectors from the condition: shift, scale and gate of attention, then those of the feed-forward layer.
 
     They start at 0, so that a block starts as the identity: adaLN-Zero of Peebles and Xie 2022 (arXiv:2212.09748).
@@ -174,7 +175,7 @@ class Modulation(nnx.Module):
         return [m_BMD[:, i] for i in range(6)]
 
 
-class AdaptiveNorm(nnx.Module):
+class AdaptiveNorm(Module):
     """norm(x) (1 + scale) + shift, both from the condition and 0 at the start."""
 
     def __init__(self, condition: int, features: int, *, rngs: nnx.Rngs):
@@ -187,7 +188,7 @@ class AdaptiveNorm(nnx.Module):
         return modulate(normalise(x_BTD), self.shift(c_BE), self.scale(c_BE))
 
 
-class Head(nnx.Module):
+class Head(Module):
     """Adaptive norm, then a linear map of each token to its square, 0 at the start: (B, T, D) -> (B, H, W, C)."""
 
     def __init__(self, cfg: DiTConfig | MMDiTConfig, *, rngs: nnx.Rngs):
@@ -201,7 +202,7 @@ class Head(nnx.Module):
         return axes.shard(x_BHWC, "batch", "height", "width", "channels").astype(jnp.float32)
 
 
-class Attention(nnx.Module):
+class Attention(Module):
     """The four linear maps of attention, each with a bias; what attends to what is the caller's."""
 
     def __init__(self, features: int, heads: int, *, rngs: nnx.Rngs):
@@ -223,7 +224,7 @@ def by_heads(x_BTNH: jax.Array) -> jax.Array:
     return axes.shard(x_BTNH, "batch", "sequence", "act_heads", None)
 
 
-class MLP(nnx.Module):
+class MLP(Module):
     """down(gelu(up(x))) with the tanh form. Hendrycks and Gimpel 2016 (arXiv:1606.08415)."""
 
     def __init__(self, features: int, hidden: int, *, rngs: nnx.Rngs):
@@ -236,7 +237,7 @@ class MLP(nnx.Module):
         return axes.shard_for_pair(self.down(axes.shard(h_BTF, "batch", "sequence", "act_mlp")), "act_mlp")
 
 
-class Block(nnx.Module):
+class Block(Module):
     """x + gate attention(modulated norm(x)), then x + gate mlp(modulated norm(x)): adaLN-Zero.
 
     In two halves, because attention may join several streams between them.

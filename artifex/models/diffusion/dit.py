@@ -11,13 +11,14 @@ from flax import nnx
 from artifex.models.attention import dot_product_attention
 from artifex.models.diffusion.blocks import Block, Condition, Head, Patches
 from artifex.models.diffusion.networks import DiTConfig
+from artifex.models.module import Module
 from artifex.models.stack import stack
 from artifex.models.staged import Stack, Start, through
 
 FREQUENCIES = 256  # sines and cosines of the time
 
 
-class DiT(nnx.Module):
+class DiT(Module):
     """Noisy images, times and labels -> prediction. One embedding of time and label serves all blocks."""
 
     def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
@@ -50,6 +51,7 @@ class DiT(nnx.Module):
         return self.head(x_BTD, c_BE)
 
 
+@jax.named_scope("Block")
 def _apply(block: Block, x_BTD: jax.Array, c_BE: jax.Array, _: None) -> tuple[jax.Array, None]:
     qkv, rest = block.open(x_BTD, c_BE)
     return block.close(x_BTD, dot_product_attention(*qkv), rest), None

@@ -15,13 +15,14 @@ from artifex.models import layers
 from artifex.models.attention import dot_product_attention
 from artifex.models.diffusion.blocks import AdaptiveNorm, Block, Head, Patches, TimeEmbedding, by_heads, stream
 from artifex.models.diffusion.networks import MMDiTConfig
+from artifex.models.module import Module
 from artifex.models.stack import stack
 from artifex.models.staged import Stack, Start, through
 
 FREQUENCIES = 256  # sines and cosines of the time
 
 
-class JointBlock(nnx.Module):
+class JointBlock(Module):
     """A block of its own for each stream; queries, keys and values of both attend as one sequence."""
 
     def __init__(self, cfg: MMDiTConfig, *, rngs: nnx.Rngs):
@@ -36,7 +37,7 @@ class JointBlock(nnx.Module):
         return self.image.close(x_BTD, image, image_rest), self.text.close(y_BSD, text, text_rest)
 
 
-class LastBlock(nnx.Module):
+class LastBlock(Module):
     """The last block: nothing reads its text stream, so of the text it has keys and values alone."""
 
     def __init__(self, cfg: MMDiTConfig, *, rngs: nnx.Rngs):
@@ -54,7 +55,7 @@ class LastBlock(nnx.Module):
         return self.image.close(x_BTD, dot_product_attention(query, key, value), rest)
 
 
-class PooledEmbedding(nnx.Module):
+class PooledEmbedding(Module):
     """second(silu(first(x))): the whole text's vector (B, pooled_dim) -> (B, condition)."""
 
     def __init__(self, features: int, condition: int, *, rngs: nnx.Rngs):
@@ -66,7 +67,7 @@ class PooledEmbedding(nnx.Module):
         return self.second(jax.nn.silu(self.first(x.astype(self.first.kernel.dtype))))
 
 
-class MMDiT(nnx.Module):
+class MMDiT(Module):
     """Noisy images, times and embedded text -> prediction."""
 
     def __init__(self, cfg: MMDiTConfig, *, rngs: nnx.Rngs):

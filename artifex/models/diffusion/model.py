@@ -20,13 +20,14 @@ from artifex.models.diffusion.config import DiffusionConfig
 from artifex.models.diffusion.guidance import Network, guided
 from artifex.models.diffusion.process import DDPM, EDM, FlowMatching, Process, corrupt, per_example
 from artifex.models.diffusion.samplers import SAMPLERS, time_grid
+from artifex.models.module import Module
 from artifex.models.rows import in_chunks
 from artifex.models.staged import Stack, Start
 from artifex.scaling import axes
 from artifex.scaling.execution import compiled
 
 
-class Diffusion(nnx.Module):
+class Diffusion(Module):
     """Learns to recover x_0 from x_t, and draws images by doing so from noise on.
 
     Conditions are integer labels (B,), or a tree of arrays (B, ...) such as embedded text. A share of them is replaced

@@ -19,6 +19,7 @@ from flax import nnx
 from artifex.models.convolution import Conv, GroupNorm
 from artifex.models.diffusion.blocks import Condition
 from artifex.models.diffusion.networks import UNetConfig
+from artifex.models.module import Module
 from artifex.models.resnet import Downsample, ResnetBlock, SpatialAttention, Upsample
 
 Keys = Iterator[jax.Array | None]  # one for the dropout of each residual block, in their order
@@ -36,7 +37,7 @@ def attention(cfg: UNetConfig, channels: int, rngs: nnx.Rngs) -> SpatialAttentio
     return SpatialAttention(channels, cfg.heads(channels), **how, out_scale=0.0, rngs=rngs)
 
 
-class Stage(nnx.Module):
+class Stage(Module):
     """A residual block, and attention where its level has any."""
 
     def __init__(self, cfg: UNetConfig, level: int, inputs: int, *, rngs: nnx.Rngs):
@@ -49,7 +50,7 @@ class Stage(nnx.Module):
         return x_BHWC if self.attention is None else self.attention(x_BHWC)
 
 
-class Down(nnx.Module):
+class Down(Module):
     """A level on the way down; its last step, except at the bottom, halves the image."""
 
     def __init__(self, cfg: UNetConfig, level: int, *, rngs: nnx.Rngs):
@@ -71,7 +72,7 @@ class Down(nnx.Module):
         return x_BHWC, made
 
 
-class Up(nnx.Module):
+class Up(Module):
     """A level on the way up: each residual block takes one image of the way down beside its own."""
 
     def __init__(self, cfg: UNetConfig, level: int, *, rngs: nnx.Rngs):
@@ -90,7 +91,7 @@ class Up(nnx.Module):
         return x_BHWC if self.upsample is None else self.upsample(x_BHWC)
 
 
-class Middle(nnx.Module):
+class Middle(Module):
     """Residual block, attention, residual block at the bottom."""
 
     def __init__(self, cfg: UNetConfig, *, rngs: nnx.Rngs):
@@ -105,7 +106,7 @@ class Middle(nnx.Module):
         return self.resnet2(x_BHWC, c_BE, next(keys))
 
 
-class UNet(nnx.Module):
+class UNet(Module):
     """Noisy images, times and labels -> prediction, 0 at the start."""
 
     def __init__(self, cfg: UNetConfig, *, rngs: nnx.Rngs):

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from artifex.models import layers
 from artifex.models.attention import dot_product_attention
 from artifex.models.attention.tiles import attend
+from artifex.models.module import Module
 from artifex.models.transformer.config import DecoderConfig
 from artifex.models.transformer.norms import rms_norm
 from artifex.models.transformer.positions import Positions
@@ -96,7 +97,7 @@ def projections(cfg: DecoderConfig, rngs: nnx.Rngs) -> tuple[layers.Linear, ...]
     )
 
 
-class Attention(nnx.Module):
+class Attention(Module):
     """`dot_product_attention` between projections; a layer with a `window` sees the newest keys alone."""
 
     def __init__(self, cfg: DecoderConfig, *, window: int | None = None, rngs: nnx.Rngs):

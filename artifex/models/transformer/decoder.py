@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from artifex.models import layers
 from artifex.models.batch import check_text
 from artifex.models.cross_entropy import cross_entropy, read_logits
+from artifex.models.module import Module
 from artifex.models.stack import stack, unstack
 from artifex.models.staged import Stack, Start, staged_loss, through
 from artifex.models.transformer.attention import Attention, Place
@@ -33,7 +34,7 @@ Aux = dict[str, jax.Array]
 """What a mixture of experts says of its routing, by name; empty for dense layers."""
 
 
-class Block(nnx.Module):
+class Block(Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); with post-norms, each branch is normed at its end as well."""
 
     def __init__(self, cfg: DecoderConfig, *, window: int | None = None, rngs: nnx.Rngs):
@@ -85,7 +86,7 @@ class Block(nnx.Module):
         return stream(x_BTD + layers.dropout(branch_BTD, self.dropout, key, positions and positions.arranged))
 
 
-class Group(nnx.Module):
+class Group(Module):
     """Consecutive blocks whose attention reaches differ, repeated as one: `cfg.attention_pattern`."""
 
     def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
@@ -127,7 +128,7 @@ def _apply(block: Block | Group, x_BTD: jax.Array, places: Positions, key: jax.A
     return x_BTD, aux
 
 
-class Decoder(nnx.Module):
+class Decoder(Module):
     """Tokens (B, T) -> logits (B, T, V) of the next token at each position."""
 
     def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from artifex.models import layers
+from artifex.models.module import Module
 from artifex.models.transformer.config import DecoderConfig
 from artifex.scaling import axes
 
@@ -19,7 +20,7 @@ GATES = {"swiglu": jax.nn.silu, "geglu": functools.partial(jax.nn.gelu, approxim
 """What is applied to the gate, by the name of the layer."""
 
 
-class GatedMLP(nnx.Module):
+class GatedMLP(Module):
     """down(f(gate(x)) * up(x)) with f of `GATES`. Shazeer 2020 (arXiv:2002.05202)."""
 
     def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
@@ -34,7 +35,7 @@ class GatedMLP(nnx.Module):
         return self.down(axes.shard(GATES[self.kind](gate_BTF) * up_BTF, "batch", "sequence", "act_mlp"))
 
 
-class GeluMLP(nnx.Module):
+class GeluMLP(Module):
     """down(gelu(up(x))) with the tanh form of GPT-2. Hendrycks and Gimpel 2016 (arXiv:1606.08415)."""
 
     def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from artifex.models import layers
 from artifex.models.attention import KEYS, QUERIES, SEGMENTS, sequence_parts, with_heads_of
+from artifex.models.module import Module
 from artifex.models.transformer.attention import projections
 from artifex.models.transformer.config import DecoderConfig
 from artifex.models.transformer.positions import Positions
@@ -36,7 +37,7 @@ class State(NamedTuple):
         return State(axes.shard(self.sum, *names))
 
 
-class LinearAttention(nnx.Module):
+class LinearAttention(Module):
     """rms(sum over s <= t of decay^(t - s) (R_t f(q_t) . R_s f(k_s)) v_s), f = elu + 1 of Katharopoulos et al. 2020
     (arXiv:2006.16236), the decay a constant of the head (Sun et al. 2023, arXiv:2307.08621), R the rotary turn of a
     position, and rms, over each head without a scale, in place of the sum of the weights (Qin et al. 2022,

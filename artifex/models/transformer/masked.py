@@ -23,6 +23,7 @@ from flax import nnx
 from artifex.models import layers
 from artifex.models.batch import check_text
 from artifex.models.cross_entropy import without
+from artifex.models.module import Module
 from artifex.models.rows import fill_up
 from artifex.models.staged import Stack, Start, staged_loss
 from artifex.models.transformer.decoder import Decoder
@@ -32,7 +33,7 @@ from artifex.models.transformer.positions import positions_of
 from artifex.scaling.execution import compiled
 
 
-class MaskedDiffusion(nnx.Module):
+class MaskedDiffusion(Module):
     """Tokens (B, T), some of them masked -> logits (B, T, V) of what stands at each position."""
 
     def __init__(self, cfg: MaskedDiffusionConfig, *, rngs: nnx.Rngs):

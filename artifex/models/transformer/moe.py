@@ -18,6 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from artifex.models import layers
+from artifex.models.module import Module
 from artifex.models.transformer.config import DecoderConfig
 from artifex.models.transformer.experts import (
     Kernels,
@@ -35,7 +36,7 @@ from artifex.scaling.local import exchange, gathered, index, local, parts, split
 REPORT = ("load_balance", "router_z", "expert_utilisation", "dropped", "overflow")
 
 
-class ExpertLinear(nnx.Module):
+class ExpertLinear(Module):
     """The kernels (E, inputs, outputs) of E linear maps, each started as `layers.Linear` starts one."""
 
     def __init__(self, shape: tuple[int, int, int], names: tuple[str, str, str], *, scale: float, rngs: nnx.Rngs):
@@ -44,7 +45,7 @@ class ExpertLinear(nnx.Module):
         self.kernel = layers.parameter(value, *names, inputs=1)
 
 
-class MoE(nnx.Module):
+class MoE(Module):
     """sum over the k likeliest experts of p_e(x) down_e(act(gate_e(x)) * up_e(x)), p = softmax(x W) in float32.
 
     With `normalize_expert_weights` the k probabilities of a token are divided by their sum (Jiang et al. 2024,

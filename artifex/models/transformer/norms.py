@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from artifex.models import layers
+from artifex.models.module import Module
 from artifex.models.transformer.config import DecoderConfig
 
 
-class OffsetRMSNorm(nnx.Module):
+class OffsetRMSNorm(Module):
     """x / rms(x) * (offset + scale) over the last dim, all of it in float32 as in Gemma (arXiv:2403.08295).
 
     The scale starts at 1 - offset: weight decay then pulls the factor to the offset, not to 0.

@@ -18,6 +18,7 @@ from flax import nnx
 from artifex.models.batch import check_images
 from artifex.models.convolution import Conv, GroupNorm
 from artifex.models.layers import noise_key
+from artifex.models.module import Module
 from artifex.models.resnet import Downsample, ResnetBlock, SpatialAttention, Upsample
 from artifex.models.rows import fill_up
 from artifex.models.vae.config import KLAutoencoderConfig
@@ -27,7 +28,7 @@ from artifex.scaling.execution import by_rows, compiled
 EPS = 1e-6  # of every group norm
 
 
-class Level(nnx.Module):
+class Level(Module):
     """Residual blocks at one resolution, then a change of resolution but at the last level."""
 
     def __init__(
@@ -44,7 +45,7 @@ class Level(nnx.Module):
         return x_BHWC if self.resample is None else self.resample(x_BHWC)
 
 
-class Middle(nnx.Module):
+class Middle(Module):
     """Residual block, attention over all pixels (or none), residual block."""
 
     def __init__(self, channels: int, groups: int, attention: bool, *, rngs: nnx.Rngs):
@@ -57,7 +58,7 @@ class Middle(nnx.Module):
         return self.block2(x_BHWC if self.attention is None else self.attention(x_BHWC))
 
 
-class Encoder(nnx.Module):
+class Encoder(Module):
     """(B, H, W, C) -> (B, H / 2^n, W / 2^n, 2 Z): mean and log-variance, before the convolution on them."""
 
     def __init__(self, cfg: KLAutoencoderConfig, *, rngs: nnx.Rngs):
@@ -80,7 +81,7 @@ class Encoder(nnx.Module):
         return self.conv_out(nnx.silu(self.norm_out(self.middle(h))))
 
 
-class Decoder(nnx.Module):
+class Decoder(Module):
     """(B, H / 2^n, W / 2^n, Z) -> (B, H, W, C)."""
 
     def __init__(self, cfg: KLAutoencoderConfig, *, rngs: nnx.Rngs):
@@ -102,7 +103,7 @@ class Decoder(nnx.Module):
         return self.conv_out(nnx.silu(self.norm_out(h)))
 
 
-class KLAutoencoder(nnx.Module):
+class KLAutoencoder(Module):
     """An image as a small one of `latent_channels`, in which diffusion runs."""
 
     def __init__(self, cfg: KLAutoencoderConfig, *, rngs: nnx.Rngs):

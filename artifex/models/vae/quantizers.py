@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from artifex.models.layers import Statistic, buffer, take_rows
+from artifex.models.module import Module
 
 SMOOTHING = 1e-5  # Laplace's, in uses of a code
 EDGE = 1e-3  # FSQ's tanh reaches this fraction beyond the outermost levels, so that they are more than limits
@@ -41,7 +42,7 @@ def perplexity(counts_K: jax.Array) -> jax.Array:
     return jnp.exp(-jnp.sum(p * jnp.log(jnp.maximum(p, 1e-30))))
 
 
-class VectorQuantizer(nnx.Module):
+class VectorQuantizer(Module):
     """The nearest entry of a codebook: van den Oord et al. 2017 (arXiv:1711.00937), appendix A.1.
 
     Training moves entry k to the running mean of the vectors that chose it: with n_k vectors of sum s_k in a batch,
@@ -126,7 +127,7 @@ def nearest(z_SZ: jax.Array, codebook_KZ: jax.Array) -> jax.Array:
     return jnp.argmin(distances_SK, axis=-1).astype(jnp.int32)
 
 
-class FiniteScalarQuantizer(nnx.Module):
+class FiniteScalarQuantizer(Module):
     """Each latent number rounded to one of a few levels: Mentzer et al. 2023 (arXiv:2309.15505), section 3.
 
     Number i is squashed into (-1, 1) by tanh and rounded to one of `levels[i]` values, integers divided by

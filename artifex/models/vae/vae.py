@@ -20,6 +20,7 @@ from artifex.models.batch import check_images
 from artifex.models.convolution import Conv, UpConv, image
 from artifex.models.layers import Linear, noise_key, parameter
 from artifex.models.likelihoods import discretized_gaussian
+from artifex.models.module import Module
 from artifex.models.resnet import ResnetBlock
 from artifex.models.rows import fill_up
 from artifex.models.vae.config import VAEConfig
@@ -45,7 +46,7 @@ def weighted_mean(values_B: jax.Array, weights_B: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(weights_B > 0, values_B, 0.0) * weights_B) / jnp.maximum(jnp.sum(weights_B), 1)
 
 
-class ConvEncoder(nnx.Module):
+class ConvEncoder(Module):
     """Convolutions of window 4 and stride 2, then residual blocks: (B, H, W, C) -> (B, H / 2^n, W / 2^n, last)."""
 
     def __init__(self, channels: int, widths: Sequence[int], residual_blocks: int, groups: int, *, rngs: nnx.Rngs):
@@ -64,7 +65,7 @@ class ConvEncoder(nnx.Module):
         return h
 
 
-class ConvDecoder(nnx.Module):
+class ConvDecoder(Module):
     """Residual blocks, then transposed convolutions of stride 2: (B, H, W, last) -> (B, 2^n H, 2^n W, channels)."""
 
     def __init__(self, channels: int, widths: Sequence[int], residual_blocks: int, groups: int, *, rngs: nnx.Rngs):
@@ -82,7 +83,7 @@ class ConvDecoder(nnx.Module):
         return h_BHWC
 
 
-class Gaussian(nnx.Module):
+class Gaussian(Module):
     """Pixels of `levels` values, each from a Gaussian around the decoder's output; its deviation is `std`, or learned.
 
     A learned one is shared by all pixels of a channel: Rybkin et al. 2021 (arXiv:2006.13202).
@@ -105,7 +106,7 @@ class Gaussian(nnx.Module):
         return y_BHWC
 
 
-class Bernoulli(nnx.Module):
+class Bernoulli(Module):
     """Pixels that are -1 or 1, the decoder's output the log-odds of 1.
 
     A pixel x between them counts as (x + 1) / 2 of a 1; the bound then is a score, no probability.
@@ -120,7 +121,7 @@ class Bernoulli(nnx.Module):
         return 2 * nnx.sigmoid(y_BHWC) - 1
 
 
-class VAE(nnx.Module):
+class VAE(Module):
     """An image as one vector of `latent_dim` numbers, Gaussian given the image."""
 
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):

@@ -17,6 +17,7 @@ from flax import nnx
 from artifex.models.batch import check_images
 from artifex.models.convolution import Conv
 from artifex.models.layers import Statistic, buffer
+from artifex.models.module import Module
 from artifex.models.rows import fill_up
 from artifex.models.vae.config import VQConfig
 from artifex.models.vae.quantizers import FiniteScalarQuantizer, Quantized, VectorQuantizer, perplexity
@@ -24,7 +25,7 @@ from artifex.models.vae.vae import ConvDecoder, ConvEncoder, image_weights, refu
 from artifex.scaling.execution import compiled
 
 
-class VQVAE(nnx.Module):
+class VQVAE(Module):
     """An image as (H, W) codes of `cfg.num_codes`. `usage` holds how often each is used at each position."""
 
     def __init__(self, cfg: VQConfig, *, rngs: nnx.Rngs):
