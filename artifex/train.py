@@ -1,8 +1,8 @@
 """`python -m artifex.train`: configuration -> plan -> mesh -> state -> steps -> checkpoints, samples, weights.
 
-Read it from top to bottom; `artifex.training.opening` is the first half of its way. What takes time to import is imported
-inside the functions: Ctrl-C is answered from the start, and `--help`, `--print-config` and configuration errors come
-without JAX.
+Read it from top to bottom; `artifex.training.opening` is the first half of its way. What takes time to import is
+imported inside the functions: Ctrl-C is answered from the start; `--help`, `--print-config` and configuration errors
+come without JAX.
 """
 
 from __future__ import annotations
