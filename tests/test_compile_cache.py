@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src import cache_key
+from jax._src import config as settings
 
 from artifex import train
 from artifex.cli import parse_train
@@ -80,7 +81,7 @@ def operations(text: str) -> list[str]:
     return [re.sub(r", metadata=\{.*?\}(?=,|$)", "", line) for line in text.splitlines() if " = " in line]
 
 
-def losses(run: Path) -> list[float]:
+def losses(run: Path) -> list[tuple[str, int, float]]:
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [(r["split"], r["step"], r["loss"]) for r in records if r["split"] in ("train", "validation")]
 
@@ -214,7 +215,7 @@ def test_only_a_run_that_takes_a_step_writes(source, tmp_path):
 
 
 def test_a_folder_that_the_user_gave_jax_is_left_to_jax(tmp_path):
-    with jax._src.config.compilation_cache_dir(str(tmp_path / "jax")):
+    with settings.compilation_cache_dir(str(tmp_path / "jax")):
         assert not CompileCache(tmp_path / "ours", print).on
     assert CompileCache(tmp_path / "ours", print).on
 

@@ -124,8 +124,8 @@ class Meter:
         if score.unit != "loss":
             shown += f" ({means[score.field] * score.scale:.3f} {score.unit})"
         if rate:
-            shown += f"  {rate:,.0f} {task.noun}/s  data wait {data_wait / seconds:.1%}"
-        self.report.advance(step, shown + in_words(used))
+            shown += f"  {rate:,.0f} {task.noun}/s{in_words(used, data_wait / seconds)}"
+        self.report.advance(step, shown)
         if self.goodput.is_due():
             self.tell(step)
         self.mark, self.since_line, self.timed_steps = self.goodput.trained(), [], 0

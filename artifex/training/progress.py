@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from artifex.cli import silence
 
+BESIDE = 31  # columns of a terminal that bar and times take at least, beside the numbers of steps
 LINES = 20  # plain lines in a whole run, where there is no terminal
 
 
@@ -22,8 +23,18 @@ class _Console(Console):
         silence()
 
 
+def fitting(status: str, width: int) -> str:
+    """As many of the clauses of a status, which stand two blanks apart, as fit into so many columns; the first does."""
+    first, *rest = status.split("  ")
+    for clause in rest:
+        if len(first) + 2 + len(clause) > width:
+            break
+        first += f"  {clause}"
+    return first
+
+
 class Report:
-    """A bar with ETA, loss, tokens/s and time spent waiting for data; `line` prints above it, or before it is there.
+    """A bar with ETA, loss, tokens/s, and what else there is room for; `line` prints above it, or before it is there.
 
     Quiet, it says nothing at all: of several processes only the first one prints.
     """
@@ -34,7 +45,6 @@ class Report:
         self.bar, self.status = None, "first steps"
         if bar and not quiet and self.console.file.isatty():  # a notebook asks for colours and is no terminal
             self.bar = Progress(
-                TextColumn("training"),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
@@ -68,7 +78,8 @@ class Report:
     def advance(self, step: int, status: str | None) -> None:
         """Say that `step` is done; `status` replaces what stands beside the bar."""
         if self.bar:
-            self.status = status or self.status
+            beside = BESIDE + 2 * len(str(self.steps))
+            self.status = fitting(status, self.console.width - beside) if status else self.status
             self.bar.update(self.task, completed=step, status=self.status)
         elif status and (step == self.steps or step - self.printed >= self.steps / LINES):
             self.printed = step

@@ -64,11 +64,13 @@ class TensorBoard:
         self.writer.flush()
 
     def _write(self, record: Record) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.proto import event_pb2, summary_pb2
 
-        values = [Summary.Value(tag=tag, simple_value=number) for tag, number in numbers(record).items()]
-        self.writer.write_event(Event(wall_time=time.time(), step=record["step"], summary=Summary(value=values)))
+        of: Any = summary_pb2  # whose classes are made when it is imported
+        event: Any = event_pb2
+        values = [of.Summary.Value(tag=tag, simple_value=number) for tag, number in numbers(record).items()]
+        summary = of.Summary(value=values)
+        self.writer.write_event(event.Event(wall_time=time.time(), step=record["step"], summary=summary))
 
     def close(self) -> None:
         """Close the file."""
@@ -83,7 +85,7 @@ class WandB:
     """
 
     def __init__(self, folder: str | Path, records: Iterable[Record], config: Mapping[str, Any], start: int):
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         folder = Path(folder)
         self.file = folder / "wandb" / TOLD

@@ -48,7 +48,9 @@ def _share(blue: Blueprint) -> float | None:
     return share if math.isfinite(share) else None
 
 
-def in_words(used: Mapping[str, Any]) -> str:
-    """What of it stands beside the bar."""
+def in_words(used: Mapping[str, Any], data_wait: float) -> str:
+    """What stands beside the bar: utilisation, the share of time that is waited for data, memory; the first are dropped
+    last where there is no room."""
     words = f"  MFU {used[MFU]:.1%}" if MFU in used else ""
+    words += f"  data wait {data_wait:.1%}"
     return words + (f"  {size_text(used[IN_USE])}" if IN_USE in used else "")
