@@ -5,19 +5,23 @@ Importing `artifex` imports no JAX: `--help`, configuration errors and model lis
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from artifex import visualize as visualize
     from artifex.training.restore import restore as restore
 
 __version__ = "0.1.0"
-__all__ = ["restore"]
+__all__ = ["restore", "visualize"]
 
 
 def __getattr__(name: str) -> Any:
-    """`artifex.restore`, which needs JAX, is imported when it is first asked for."""
+    """`artifex.restore` and `artifex.visualize`, which need JAX, are imported when they are first asked for."""
     if name == "restore":
         from artifex.training.restore import restore
 
         return restore
+    if name == "visualize":
+        return importlib.import_module("artifex.visualize")
     raise AttributeError(f"module 'artifex' has no attribute {name!r}")
