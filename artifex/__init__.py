@@ -5,29 +5,29 @@ Importing `artifex` imports no JAX: `--help`, configuration errors and model lis
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from artifex import visualize as visualize
     from artifex.profiling import profile as profile
     from artifex.training.restore import restore as restore
     from artifex.tuning.tuner import auto_tune as auto_tune
 
 __version__ = "0.1.0"
-__all__ = ["auto_tune", "profile", "restore"]
+__all__ = ["auto_tune", "profile", "restore", "visualize"]
+
+_LATE = {
+    "auto_tune": "artifex.tuning.tuner",
+    "profile": "artifex.profiling",
+    "restore": "artifex.training.restore",
+    "visualize": "artifex.visualize",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """What needs JAX is imported when it is first asked for."""
-    if name == "restore":
-        from artifex.training.restore import restore
-
-        return restore
-    if name == "auto_tune":
-        from artifex.tuning.tuner import auto_tune
-
-        return auto_tune
-    if name == "profile":
-        from artifex.profiling import profile
-
-        return profile
-    raise AttributeError(f"module 'artifex' has no attribute {name!r}")
+    """What needs JAX or matplotlib is imported when it is first asked for."""
+    if name not in _LATE:
+        raise AttributeError(f"module 'artifex' has no attribute {name!r}")
+    module = importlib.import_module(_LATE[name])
+    return module if name == "visualize" else getattr(module, name)

@@ -62,6 +62,19 @@ def test_split_dims_are_drawn_before_larger_whole_ones():
     assert axes.get_xlabel() == "devices: pipeline ↓, tensor →\nin each frame: dim 4 ↓, dim 64 →"
 
 
+def test_of_three_split_dims_the_two_most_split_are_drawn_and_the_third_is_said():
+    sizes, shape = {"data": 2, "fsdp": 4, "tensor": 4}, (2, 8, 16)
+    axes = drawn(P("data", "fsdp", "tensor"), shape, sizes, ("layers", "embed", "mlp"))
+    parts = filled(axes)
+    assert len({colour for _, colour in parts.values()}) == 32  # no two devices hold the same part
+    labels = [text.get_text() for text in axes.texts]
+    for number, (data, fsdp, tensor) in enumerate(itertools.product(range(2), range(4), range(4))):
+        box, _ = parts[f"device {number}"]
+        assert box == pytest.approx((tensor / 4, (tensor + 1) / 4, fsdp / 4, (fsdp + 1) / 4))
+        assert labels[number] == f"{number}:{data}"
+    assert axes.get_xlabel().endswith("\nbehind a device's number, its part of: layers 2 split 2 ways by data")
+
+
 def test_frames_of_one_mesh_never_overlap():
     for names in (("data",), ("fsdp", "tensor"), ("data", "fsdp", "tensor"), ("pipeline", "data", "fsdp", "tensor")):
         sizes = dict.fromkeys(names, 3)
@@ -73,8 +86,7 @@ def test_frames_of_one_mesh_never_overlap():
 @pytest.mark.parametrize(
     ("spec", "shape", "says"),
     [
-        (P("data", "fsdp", "tensor"), (2, 4, 8), "3 split dims"),
-        (P(), (), "0 split dims"),
+        (P(), (), "a scalar has no dims"),
         (P("data", "fsdp"), (4,), "2 entries"),
         (P("model"), (4,), "'model', but the mesh has"),
     ],

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 GREY = "0.75"  # of a tensor that nothing divides
-IDLE = "0.9"
+IDLE = "0.92"
 GAP = 0.3  # between frames, in widths of a frame
 
 
@@ -27,9 +27,10 @@ def draw_shards(
 
     A colour is a part: frames of one colour hold copies of it, grey ones the whole tensor. The mesh's last axis runs
     to the right, the one before it downwards, and all others count grids side by side. Of a tensor of more than two
-    dims those are drawn that the spec splits, then the largest. `mesh` may be only its sizes. Raises `ValueError` for
-    a scalar, a spec that splits more than two dims, has more entries than the tensor has dims, or names an axis that
-    the mesh lacks, and for names that are not one known logical axis, or None, for each dim.
+    dims those are drawn that the spec splits most, then the largest. Of a split dim that is not drawn a device's part
+    stands behind its number, and the caption names the dim. `mesh` may be only its sizes. Raises `ValueError` for
+    a scalar, a spec that has more entries than the tensor has dims or names an axis that the mesh lacks, and for names
+    that are not one known logical axis, or None, for each dim.
     """
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
@@ -40,6 +41,7 @@ def draw_shards(
     ways = [math.prod(sizes[axis] for axis in split) for split in axes_of]
     count = math.prod(ways)
     *above, right = _drawn_dims(ways, shape)
+    beyond = [dim for dim, n in enumerate(ways) if n > 1 and dim not in (*above, right)]
     # flatter for wide tensors, but never too thin to read
     height = min(max(math.sqrt(shape[above[0]] / shape[right]), 0.7), 1.3) if above else 0.35
     for number, position in enumerate(itertools.product(*map(range, sizes.values()))):
@@ -54,27 +56,33 @@ def draw_shards(
         frame = Rectangle((left, top), 1, height, fill=False, ec="0.4", lw=0.8)
         for patch in (held, frame):
             axes.add_patch(patch).set_clip_on(False)  # rounding to pixels would cut the outermost lines
-        axes.text(left + 0.5, top - 0.04, str(device), ha="center", va="bottom", size="x-small", color="0.3")
+        label = ":".join([str(device), *(str(index[dim]) for dim in beyond)])
+        axes.text(left + 0.5, top - 0.04, label, ha="center", va="bottom", size="x-small", color="0.3")
     axes.set(xlim=(0, left + 1), ylim=(top + height, -0.25), aspect="equal", anchor="NW", xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    axes.set_xlabel(_caption(sizes, shape, names, above, right), loc="left", size="small", color="0.3")
+    more = [f"{_dim_text(names, shape, dim)} split {ways[dim]} ways by {'+'.join(axes_of[dim])}" for dim in beyond]
+    behind = [f"behind a device's number, its part of: {', '.join(more)}"] if more else []
+    caption = "\n".join([_caption(sizes, shape, names, above, right), *behind])
+    axes.set_xlabel(caption, loc="left", size="small", color="0.3")
 
 
 def draw_schedule(axes: Axes, schedule: Schedule, forward: float = 1.0, backward: float = 2.0) -> None:
     """Draw on matplotlib's `axes` what each device does when: a row for each device, time to the right.
 
-    Blue is a microbatch forwards, orange one backwards, its number in it, darker in a device's later stages; grey is
-    idle. A tick is as wide as its turns take, `forward` and `backward` for those that any device has in it, as in
-    `Schedule.time`.
+    Blue, dark with a light number, is a microbatch forwards, orange, light with a dark number, one backwards; both are
+    darker in a device's later stages, and what is hatched is idle. A tick is as wide as its turns take, `forward` and
+    `backward` for those that any device has in it, as in `Schedule.time`.
     """
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
     S, V, left = schedule.devices, schedule.stages_per_device, 0.0
-    axes.add_patch(Rectangle((0, 0), schedule.time(forward, backward), S, color=IDLE, lw=0, gid="idle"))
+    axes.add_patch(
+        Rectangle((0, 0), schedule.time(forward, backward), S, fc=IDLE, ec="0.78", lw=0, hatch="////", gid="idle")
+    )
     for row in schedule.turns:
-        for way, (word, width, colours) in enumerate(
-            (("forward", forward, "Blues"), ("backward", backward, "Oranges"))
+        for way, (word, width, colours, light, ink) in enumerate(
+            (("forward", forward, "Blues", 0.65, "white"), ("backward", backward, "Oranges", 0.15, "0.1"))
         ):
             if not any(pair[way] for pair in row):
                 continue
@@ -82,10 +90,9 @@ def draw_schedule(axes: Axes, schedule: Schedule, forward: float = 1.0, backward
                 if (turn := pair[way]) is None:
                     continue
                 microbatch, stage = turn
-                shade = 0.35 + 0.4 * (stage // S) / max(V - 1, 1)
+                shade = light + 0.3 * (stage // S) / max(V - 1, 1)
                 cell = Rectangle((left, device), width, 1, fc=colormaps[colours](shade), ec="white", lw=0.8)
                 axes.add_patch(cell).set_gid(f"{word} {microbatch} stage {stage}")
-                ink = "white" if shade > 0.6 else "0.1"
                 axes.text(left + width / 2, device + 0.5, str(microbatch), ha="center", va="center", color=ink)
             left += width
     axes.set(xlim=(0, left), ylim=(S, 0), xticks=[], yticks=[device + 0.5 for device in range(S)])
@@ -109,13 +116,13 @@ def _axes_of_dims(spec: PartitionSpec, shape: Sequence[int], sizes: Mapping[str,
 
 def _drawn_dims(ways: Sequence[int], shape: Sequence[int]) -> list[int]:
     """The dims, at most two, that a picture shows: downwards, to the right."""
-    split = [dim for dim, n in enumerate(ways) if n > 1]
-    if not shape or len(split) > 2:
-        raise ValueError(
-            f"shape {tuple(shape)} has {len(split)} split dims; a picture shows 1 or 2: draw a slice of it"
-        )
-    whole = sorted((dim for dim in range(len(shape)) if dim not in split), key=lambda dim: -shape[dim])
-    return sorted([*split, *whole][:2])
+    if not shape:
+        raise ValueError("a scalar has no dims to draw; draw it as a tensor of shape (1,)")
+    return sorted(sorted(range(len(shape)), key=lambda dim: (-ways[dim], -shape[dim]))[:2])
+
+
+def _dim_text(names: Names, shape: Sequence[int], dim: int) -> str:
+    return f"{names[dim] or 'dim'} {shape[dim]}"
 
 
 def _corner(position: Sequence[int], sizes: Sequence[int], height: float) -> tuple[float, float]:
@@ -137,7 +144,6 @@ def _caption(sizes: Mapping[str, int], shape: Sequence[int], names: Names, above
     """What runs where: the mesh's axes over the frames, the tensor's dims inside each."""
     *outer, last = sizes
     mesh = [*(f"{axis} grid by grid" for axis in outer[:-1]), *(f"{axis} ↓" for axis in outer[-1:]), f"{last} →"]
-    dims = [
-        f"{names[dim] or 'dim'} {shape[dim]} {arrow}" for dim, arrow in [*((dim, "↓") for dim in above), (right, "→")]
-    ]
+    arrows = [*((dim, "↓") for dim in above), (right, "→")]
+    dims = [f"{_dim_text(names, shape, dim)} {arrow}" for dim, arrow in arrows]
     return f"devices: {', '.join(mesh)}\nin each frame: {', '.join(dims)}"
