@@ -198,6 +198,8 @@ class Profiler:
         program = Program.of(text) if text else None
         devices = jax.devices() if self.mesh is None else list(self.mesh.devices.flat)
         sizes = {} if self.mesh is None else dict(mesh_sizes(self.mesh))
+        traced = self._traced(program)
+        operations = self._operations(program, traced) if program and traced else ()
         return Profile(
             name=self.name,
             device=devices[0].device_kind,
@@ -213,7 +215,8 @@ class Profiler:
             peak_source="" if self.peak is None else self.peak.source,
             memory=self.memory() if self.wanted["memory"] else None,
             communication=self.sends(text) if self.wanted["communication"] else None,
-            operations=self._operations(program),
+            operations=operations,
+            busy=self._busy(traced, operations),
             waits=dict(self.waits),
         )
 
@@ -232,17 +235,21 @@ class Profiler:
             return Communication(())
         return communication(text, self.mesh) if text else None
 
-    def _operations(self, program: Program | None) -> tuple[Operation, ...]:
-        """What the traced steps spent their time on, by device and operation; a step's share."""
+    def _traced(self, program: Program | None) -> dict[tuple[int, str], list[trace.Event]]:
+        """What the traced steps ran, by device and operation of their program."""
         if not self.traced_times or program is None or self.at is None:
-            return ()
-        known = {name: one for inside in program.computations.values() for name, one in inside.items()}
-        loops = {name for name, one in known.items() if one.opcode in trace.CONTAINERS}
-        where, steps = scopes.places(program), len(self.traced_times)
-        spent: dict[tuple[int, str], list[tuple[float, float]]] = {}
-        for event in trace.read(self.at, loops):
+            return {}
+        known = {name: one.opcode for inside in program.computations.values() for name, one in inside.items()}
+        found: dict[tuple[int, str], list[trace.Event]] = {}
+        for event in trace.read(self.at, {name for name, opcode in known.items() if opcode in trace.CONTAINERS}):
             if event.operation in known:
-                spent.setdefault((event.device, event.operation), []).append((event.begin, event.end))
+                found.setdefault((event.device, event.operation), []).append(event)
+        return dict(sorted(found.items()))
+
+    def _operations(self, program: Program, traced: dict[tuple[int, str], list[trace.Event]]) -> tuple[Operation, ...]:
+        """What the traced steps spent their time on, a step's share of it."""
+        known = {name: one for inside in program.computations.values() for name, one in inside.items()}
+        where, steps = scopes.places(program), len(self.traced_times)
         return tuple(
             Operation(
                 device=device,
@@ -250,9 +257,26 @@ class Profiler:
                 opcode=known[name].opcode,
                 place=where[name].path,
                 during=where[name].during,
-                times=len(spans) / steps,
-                seconds=sum(end - begin for begin, end in spans) / steps,
+                times=len(events) / steps,
+                seconds=sum(event.seconds for event in events) / steps,
                 kind=class_of(program, known[name]),
             )
-            for (device, name), spans in sorted(spent.items())
+            for (device, name), events in traced.items()
         )
+
+    def _busy(
+        self, traced: dict[tuple[int, str], list[trace.Event]], operations: tuple[Operation, ...]
+    ) -> dict[int, dict[str, float]]:
+        """Device -> the share of the traced steps in which it computed, and in which it communicated alone."""
+        sending = {(one.device, one.name) for one in operations if one.kind == "communication"}
+        wall = sum(self.traced_times)
+        found: dict[int, dict[str, float]] = {}
+        for device in {device for device, _ in traced}:
+            spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+            for key, events in traced.items():
+                if key[0] == device:
+                    spans[key in sending] += [(event.begin, event.end) for event in events]
+            compute, busy = trace.covered(spans[False]), trace.covered(spans[False] + spans[True])
+            share = min(compute / wall, 1.0)
+            found[device] = {"compute": share, "communication": min((busy - compute) / wall, 1.0 - share)}
+        return found

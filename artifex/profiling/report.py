@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import html
 import importlib.metadata
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 import artifex
+from artifex import visualize
 from artifex.profiling.scopes import PASSES
 from artifex.scaling.autodist.planned import seconds_text, share_text
 from artifex.scaling.placement import size_text
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from artifex.profiling.result import Operation, Profile
 
 MODULES, OPERATIONS = 25, 30  # that are listed
+DRAWN = 64  # devices, at most, that are drawn one by one
 LONG = ("operation", "module")  # columns whose words may break anywhere
 STYLE = """
 :root { color-scheme: light; --ink: #1c2430; --soft: #5b6675; --line: #d9dee5; --bar: #3b6ea8; --back: #f6f7f9 }
@@ -37,14 +40,14 @@ td.name { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .
 td.long { overflow-wrap: anywhere }
 .bar { width: 34%; min-width: 8rem; padding-top: .5rem }
 .bar i { display: block; height: .65rem; background: var(--bar); border-radius: 2px; min-width: 1px }
-svg { max-width: 100%; height: auto }
+svg { max-width: 100%; height: auto } figure { margin: .6rem 0 }
 @media print { body { max-width: none; padding: 0 } .bar i { print-color-adjust: exact } }
 """
 
 
 def page(found: Profile) -> str:
     """The page."""
-    sections = (_head, _steps, _run, _memory, _communication, _time, _modules, _operations, _foot)
+    sections = (_head, _steps, _run, _memory, _communication, _devices, _time, _modules, _operations, _foot)
     body = "\n".join(line for section in sections for line in section(found))
     title = html.escape(f"Profile of {found.name}")
     return (
@@ -133,6 +136,18 @@ def _communication(found: Profile) -> Iterator[str]:
     yield from _table(head, rows, numbers=3)
     yield "<p>By dimension of the mesh:</p>"
     yield from _bars(found.communication_by_dimension(), lambda size: size_text(round(size)))
+    if (graph := found.communication_graph()) and found.devices <= DRAWN:
+        yield "<p>Who sends how much to whom in a step; collectives go round rings:</p>"
+        yield _picture(visualize.plot_communication_graph(graph, dict(found.mesh)), "communication between devices")
+
+
+def _devices(found: Profile) -> Iterator[str]:
+    """How busy the devices were, while they were traced."""
+    shares = found.device_utilization_map()
+    if not shares or not 1 < found.devices <= DRAWN:
+        return
+    yield "<h2>Devices</h2>\n<p>The shares of a step in which each computed and communicated.</p>"
+    yield _picture(visualize.plot_device_utilization(shares, dict(found.mesh)), "how busy each device is")
 
 
 def _time(found: Profile) -> Iterator[str]:
@@ -179,6 +194,12 @@ def _foot(found: Profile) -> Iterator[str]:
     versions = f"artifex {artifex.__version__}, jax {jax.__version__}, jaxlib {importlib.metadata.version('jaxlib')}"
     compiling = f"; compiled in {seconds_text(found.compile_seconds)}" if found.compile_seconds else ""
     yield f"<h2>Made by</h2>\n<p>{versions}{compiling}</p>"
+
+
+def _picture(figure: Any, what: str) -> str:
+    """A figure inside the page, as a picture that says what it shows."""
+    text = re.sub(r"<metadata>.*?</metadata>", "", visualize.svg(figure), flags=re.DOTALL)
+    return f'<figure role="img" aria-label="{html.escape(what)}">{text}</figure>'
 
 
 def _bars(

@@ -93,6 +93,7 @@ class Profile:
     memory: Memory | None
     communication: Communication | None
     operations: tuple[Operation, ...]
+    busy: Mapping[int, Mapping[str, float]]
     waits: Mapping[str, Wait]
 
     @property
@@ -137,17 +138,9 @@ class Profile:
         return graph(self.communication.rows if self.communication else (), self.mesh)
 
     def device_utilization_map(self) -> dict[int, dict[str, float]]:
-        """Device -> the shares of a step, 0 to 1, in which it computed and in which it communicated, of the traced
-        steps. Empty where nothing was traced. What runs at once on a device is added up and then taken as one."""
-        found: dict[int, dict[str, float]] = {}
-        for one in self.operations:
-            what = "communication" if one.kind == "communication" else "compute"
-            have = found.setdefault(one.device, {"compute": 0.0, "communication": 0.0})
-            have[what] += one.seconds / self.median
-        for shares in found.values():
-            if (both := sum(shares.values())) > 1:
-                shares.update({what: share / both for what, share in shares.items()})
-        return found
+        """Device -> the shares of the traced steps, 0 to 1 and together no more, in which it computed, and in which it
+        communicated and did not compute. Empty where nothing was traced."""
+        return {device: dict(shares) for device, shares in sorted(self.busy.items())}
 
     def time_by(self, what: str) -> dict[str, float]:
         """Seconds of a step that operations took, added up over devices, by "place", "during", "kind" or "name", those
@@ -183,6 +176,7 @@ class Profile:
                 dataclasses.asdict(row) for row in (self.communication.rows if self.communication else ())
             ],
             "communication_by_dimension": self.communication_by_dimension(),
+            "device_utilization": self.device_utilization_map(),
             "waits": {name: dataclasses.asdict(wait) for name, wait in self.waits.items()},
             "time": {what: self.time_by(what) for what in ("place", "during", "kind")},
             "operations": [dataclasses.asdict(one) for one in self.operations],
