@@ -49,10 +49,9 @@ def plot_runs(
     for number, (name, splits) in enumerate(curves.items()):
         ink = INKS[number % len(INKS)]
         for split, points in splits.items():
-            own: dict[str, Any] = (
-                {"ls": LINES[number % len(LINES)]} if split == "train" else {"marker": MARKS[number % len(MARKS)]}
-            )
-            own |= {"lw": 1.3} if split == "train" else {"ls": "none", "ms": 5, "mfc": "white", "zorder": 3}
+            own: dict[str, Any] = {"ls": LINES[number % len(LINES)], "lw": 1.3}
+            if split != "train":
+                own = {"ls": "none", "marker": MARKS[number % len(MARKS)], "ms": 5, "mfc": "white", "zorder": 3}
             last = [value for _, value in points if math.isfinite(value)][-1:]
             label = f"{name}, {split}" + "".join(f", last {value:.4g}" for value in last)
             axes.plot(*zip(*points, strict=True), color=ink, label=label, gid=f"{split} {name}", **own)

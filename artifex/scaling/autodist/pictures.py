@@ -69,7 +69,8 @@ def frontier(found: Planned) -> Picture:
     handles, _ = axes.get_legend_handles_labels()
     for number, point in enumerate(named, 1):
         one = every[next(i for i, at in enumerate(points) if at == point and i not in refuted)]
-        handles.append(_key(number, _wrapped("", one.spread)))
+        takes = f"{size_text(one.estimate.whole)}, {seconds_text(one.estimate.seconds)}"
+        handles.append(_key(number, f"{_wrapped('', one.spread)}: {takes}"))
     figure.legend(handles=handles, fontsize=8, loc="outside lower left", frameon=False)
     _number(figure, axes, named, points)
     return figure
