@@ -4,7 +4,11 @@ Figures of formulas, layouts and schedules are drawn from the library's own func
 newest checkpoints under RUNS.
 """
 
+import contextlib
+import re
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -15,6 +19,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from artifex import visualize
 from artifex.data.image_batches import all_images
 from artifex.data.images import load_images
 from artifex.evaluation.grids import save_grid
@@ -175,6 +180,35 @@ def pipelines() -> None:
     figure.savefig(IMAGES / "pipeline_schedules.png", dpi=110)
 
 
+def page_of_pictures() -> None:
+    """The pictures of docs/visualize.md: what its own blocks draw, the last of each kind that they do not write."""
+    text = (IMAGES.parent / "visualize.md").read_text()
+    drawn = {}
+
+    def kept(name: str, plot: Callable) -> Callable:
+        def call(*arguments, path=None, **how):
+            figure = plot(*arguments, **how)
+            if path is None:
+                drawn[name.removeprefix("plot_").removeprefix("device_").removeprefix("communication_")] = figure
+            return figure
+
+        return call
+
+    plots = {name: getattr(visualize, name) for name in visualize.__all__ if name.startswith("plot_")}
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        try:
+            for name, plot in plots.items():
+                setattr(visualize, name, kept(name, plot))
+            names: dict = {}
+            for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+                exec(block, names)
+        finally:
+            for name, plot in plots.items():
+                setattr(visualize, name, plot)
+    for name, figure in drawn.items():
+        figure.savefig(IMAGES / f"visualize_{name}.png", dpi=85, bbox_inches="tight")
+
+
 def autoencoders(runs: Path) -> None:
     """Held-out digits, one of each class, and what is left of them behind each latent."""
     originals = held_out()
@@ -236,7 +270,7 @@ def _rows(rows: dict[str, np.ndarray], name: str) -> None:
 
 
 if __name__ == "__main__":
-    for figure in (attention, schedules, layouts, splits, pipelines):
+    for figure in (attention, schedules, layouts, splits, pipelines, page_of_pictures):
         figure()
     if len(sys.argv) == 1:
         sys.exit()

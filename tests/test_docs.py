@@ -33,7 +33,7 @@ MODELS, SCALING = (
 )
 PAGES = [
     page
-    for page in ("README.md", "docs/quickstart.md", *SCALING, *MODELS)
+    for page in ("README.md", "docs/quickstart.md", "docs/visualize.md", *SCALING, *MODELS)
     if (ROOT / page).exists() and "```python" in (ROOT / page).read_text()
 ]
 ON_A_LAPTOP = "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python -m artifex.train"

@@ -242,7 +242,8 @@ def drawn(found):
     """(axes, labels of what is drawn, the other texts)."""
     figure = frontier(found)
     (axes,) = figure.axes
-    return axes, axes.get_legend_handles_labels()[1], [text.get_text() for text in axes.texts]
+    beside = [text.get_text() for text in axes.texts if not (text.get_gid() or "").startswith("strategy")]
+    return axes, axes.get_legend_handles_labels()[1], beside
 
 
 @pytest.mark.parametrize(("times", "near"), [(1.05, True), (20.0, False), (4000.0, False), (0.01, False)])

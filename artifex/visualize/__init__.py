@@ -9,5 +9,21 @@ from artifex.visualize.device_maps import plot_communication_graph as plot_commu
 from artifex.visualize.device_maps import plot_device_utilization as plot_device_utilization
 from artifex.visualize.placements import plot_sharding as plot_sharding
 from artifex.visualize.placements import plot_tree as plot_tree
+from artifex.visualize.planning import plot_frontier as plot_frontier
+from artifex.visualize.runs import plot_runs as plot_runs
+from artifex.visualize.runs import plot_samples as plot_samples
+from artifex.visualize.timelines import plot_memory as plot_memory
+from artifex.visualize.timelines import plot_schedule as plot_schedule
 
-__all__ = ["plot_communication_graph", "plot_device_utilization", "plot_sharding", "plot_tree", "svg"]
+__all__ = [
+    "plot_communication_graph",
+    "plot_device_utilization",
+    "plot_frontier",
+    "plot_memory",
+    "plot_runs",
+    "plot_samples",
+    "plot_schedule",
+    "plot_sharding",
+    "plot_tree",
+    "svg",
+]

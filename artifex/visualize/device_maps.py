@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
@@ -183,7 +184,7 @@ def _label(figure: Any, axes: Axes, arrows: Mapping[tuple[int, int], FancyArrowP
     renderer = figure.canvas.get_renderer()
     taken = [text.get_window_extent(renderer) for text in axes.texts]
     for pair, arrow in arrows.items():
-        points = arrow.get_path().vertices[:3]  # a quadratic curve, in data
+        points = np.asarray(arrow.get_path().vertices)[:3]  # a quadratic curve, in data
         for t in (0.5, 0.4, 0.6, 0.32, 0.68, 0.25, 0.75):
             x, y = ((1 - t) ** 2 * points[0] + 2 * t * (1 - t) * points[1] + t * t * points[2]).tolist()
             ground = {"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.9}

@@ -69,7 +69,7 @@ def _layout(array: Any, spec: Any, mesh: Any) -> tuple[PartitionSpec, Mesh | Map
     if spec is None and mesh is None and isinstance(own, SingleDeviceSharding):
         (device,) = own.device_set
         return PartitionSpec(), Mesh(np.array([device]), ("device",))
-    if spec is None or mesh is None:
+    if spec is None or mesh is None or isinstance(spec, NamedSharding):
         raise ValueError(
             f"how {_named(array)} lies is not known: it has no NamedSharding; give spec and mesh, as "
             "PartitionSpec('fsdp'), {'fsdp': 8}"
@@ -222,7 +222,7 @@ def _draw_dims(axes: Axes, lines: Sequence[Line], dims: int) -> dict[str, dict[s
             if split and name not in styles:
                 number = len(styles) % len(FILLS)
                 styles[name] = {"fc": FILLS[number], "hatch": HATCHES[1 + number % (len(HATCHES) - 1)]}
-            look = styles[name] if split else {"fc": "white"}
+            look: dict[str, Any] = styles[name] if split else {"fc": "white"}
             box = Rectangle((dim + 0.02, row + 0.08), 0.96, 0.84, ec="0.6", lw=0.6, gid=f"row {row} dim {dim}", **look)
             axes.add_patch(box)
             own = f"{line.names[dim]} {size}" if line.names else str(size)
@@ -253,10 +253,10 @@ def _draw_bytes(axes: Axes, lines: Sequence[Line], rest: Sequence[Line]) -> None
         else:
             ways = line.total // max(line.held, 1)
             text = f"{size_text(size)}, {WHOLE}" if not any(line.split) else f"{size_text(size)}, 1/{ways}"
-        hatched = {"fc": "0.88", "ec": "0.45", "hatch": "////"} if line is not None and not any(line.split) else {}
-        axes.barh(
-            row + 0.5, size / most, height=0.6, **({"fc": "0.45", "ec": "0.45"} | hatched), gid=f"bytes of row {row}"
-        )
+        look: dict[str, Any] = {"fc": "0.45", "ec": "0.45"}
+        if line is not None and not any(line.split):
+            look = {"fc": "0.88", "ec": "0.45", "hatch": "////"}
+        axes.barh(row + 0.5, size / most, height=0.6, **look, gid=f"bytes of row {row}")
         axes.text(size / most + 0.015, row + 0.5, text, va="center", size="x-small")
     axes.set(xlim=(0, 1.55), xticks=[])
     axes.set_title("bytes on a device", loc="left", size="small")

@@ -9,7 +9,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import matplotlib.image
 import numpy as np
@@ -49,8 +49,9 @@ def plot_runs(
     for number, (name, splits) in enumerate(curves.items()):
         ink = INKS[number % len(INKS)]
         for split, points in splits.items():
-            own = {"ls": LINES[number % len(LINES)]} if split == "train" else {"marker": MARKS[number % len(MARKS)]}
-            own |= {"lw": 1.3} if split == "train" else {"ls": "none", "ms": 5, "mfc": "white", "zorder": 3}
+            own: dict[str, Any] = {"ls": LINES[number % len(LINES)], "lw": 1.3}
+            if split != "train":
+                own = {"ls": "none", "marker": MARKS[number % len(MARKS)], "ms": 5, "mfc": "white", "zorder": 3}
             last = [value for _, value in points if math.isfinite(value)][-1:]
             label = f"{name}, {split}" + "".join(f", last {value:.4g}" for value in last)
             axes.plot(*zip(*points, strict=True), color=ink, label=label, gid=f"{split} {name}", **own)
@@ -58,6 +59,8 @@ def plot_runs(
         ends[name] = (max(finite), ink) if finite else None
     _zoom(axes, [value for splits in curves.values() for points in splits.values() for _, value in points])
     axes.set(xlabel=WORDS[against], ylabel=metric.replace("_", " "))
+    many = f"{len(curves)} runs" if len(curves) > 1 else next(iter(curves))
+    axes.set_title(f"{metric.replace('_', ' ')} of {many}", loc="left", size="medium")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.02)
@@ -98,7 +101,7 @@ def _curves(run: RunFolder, metric: str, against: Against) -> dict[str, list[tup
     return curves
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -170,7 +173,8 @@ def plot_samples(folders: Folder | Sequence[Folder], path: Folder | None = None,
     named = _named(folders)
     columns = {name: _spread(_samples(run), rows) for name, run in named.items()}
     height = max(map(len, columns.values()))
-    figure = picture(max(5.0, 3.6 * len(columns)), 2.3 * height + 0.4)
+    pictures = any(file.suffix == ".png" for samples in columns.values() for _, file in samples)
+    figure = picture(max(5.0, 3.6 * len(columns)), (2.3 if pictures else 1.75) * height + 0.4)
     grid = figure.subplots(height, len(columns), squeeze=False)
     for column, (name, samples) in enumerate(columns.items()):
         for row in range(height):

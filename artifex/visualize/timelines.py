@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -63,7 +63,7 @@ def plot_schedule(
     return finish(figure, path)
 
 
-def _thin_numbers(figure: Picture, rows: Sequence[Axes]) -> None:
+def _thin_numbers(figure: Picture, rows: Iterable[Axes]) -> None:
     """Take away the numbers that are wider than their cells: of so many microbatches the pattern tells more."""
     figure.draw_without_rendering()
     for axes in rows:
@@ -99,7 +99,7 @@ def plot_memory(
         _draw_bar(axes, row, label, bar, styles, MEMORY / end)
         over = "" if limit is None else f", {totals[label] / limit:.0%} of the limit"
         text = f"{size_text(totals[label])}{over}"
-        axes.text(0, row - 0.36, text, size="small", va="bottom").set_gid(f"total {row}")
+        axes.text(0.004 * end, row - 0.36, text, size="small", va="bottom").set_gid(f"total {row}")
     if limit is not None:
         axes.axvline(limit, color="#b91c1c", ls=(0, (5, 2)), lw=1.6).set_gid("limit")
         axes.text(limit, len(bars) - 0.42, f" limit {size_text(limit)}", size="small", va="top", ha="center")
@@ -120,7 +120,7 @@ def plot_memory(
 def _bars(parts: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Label -> part -> bytes; a single bar has the label ""."""
     nested = [isinstance(value, Mapping) for value in parts.values()]
-    if any(nested) != all(nested):
+    if len({*nested}) > 1:
         raise ValueError("parts mixes bytes and mappings; give part -> bytes, or label -> such a mapping")
     bars = {label: dict(bar) for label, bar in parts.items()} if any(nested) else {"": dict(parts)}
     if not all(bars.values()):
@@ -147,5 +147,5 @@ def _draw_bar(
         fits = [text for text in words if size * inches > LETTER * max(map(len, text.split("\n"))) + 0.1]
         if fits and size:
             ground = {"boxstyle": "square,pad=0.15", "fc": styles[name]["fc"], "ec": "none"}
-            axes.text(left + size / 2, row, fits[0], ha="center", va="center", size="x-small", bbox=ground)
+            axes.text(left + size / 2, row, fits[0], ha="center", va="center", size="x-small", bbox=ground, zorder=4)
         left += size
