@@ -8,16 +8,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from artifex.profiling import profile as profile
     from artifex.training.restore import restore as restore
 
 __version__ = "0.1.0"
-__all__ = ["restore"]
+__all__ = ["profile", "restore"]
 
 
 def __getattr__(name: str) -> Any:
-    """`artifex.restore`, which needs JAX, is imported when it is first asked for."""
+    """`artifex.restore` and `artifex.profile`, which need JAX, are imported when they are first asked for."""
     if name == "restore":
         from artifex.training.restore import restore
 
         return restore
+    if name == "profile":
+        from artifex.profiling import profile
+
+        return profile
     raise AttributeError(f"module 'artifex' has no attribute {name!r}")

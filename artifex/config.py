@@ -25,6 +25,7 @@ from artifex.config_io import (
     shown,
     write_mapping,
 )
+from artifex.config_logging import LoggingConfig
 from artifex.config_model import ModelConfig
 from artifex.config_plan import with_plan
 from artifex.config_section import Int, Section
@@ -143,6 +144,12 @@ class TrainingConfig(Section):
         description="optimizer state and averages whose part on a device has so many MB lie in the host's memory "
         "between updates; 0: all, none: nothing does; not on CPUs",
     )
+    compile_cache: str = Field(
+        default="run",
+        min_length=1,
+        description="where compiled programs are kept for the next start: 'run', the run's cache folder; 'off'; or a "
+        "folder that runs of this user share",
+    )
     ema_decay: float | None = Field(
         default=None, gt=0, lt=1, description="of a running mean of parameters and codebooks, 0 to 1; none is off"
     )
@@ -253,13 +260,6 @@ class CheckpointConfig(Section):
     on_failure: Literal["stop", "go_on"] = Field(
         default="stop", description="where one cannot be saved: end the run, or say so and go on to the next"
     )
-
-
-class LoggingConfig(Section):
-    """What a run says while it runs."""
-
-    every: Int = Field(default=10, ge=1, description="steps from one line of metrics to the next, at least 1")
-    progress: bool = Field(default=True, description="show a progress bar")
 
 
 ABOUT: dict[tuple[str, str], Literal["text", "images"]] = {

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from artifex.data import DataError
 from artifex.scaling import processes
 from artifex.scaling.manifest import CheckpointError
+from artifex.training.goodput import process_age
 from artifex.training.run_lock import InUse
 from artifex.training.signals import ending_at_once
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from artifex.config import Config
     from artifex.scaling.checkpoints import Checkpoints
     from artifex.scaling.plan import Plan
+    from artifex.training.compile_cache import CompileCache
     from artifex.training.loop import Run
+    from artifex.training.memory import CompiledStep
     from artifex.training.meter import Meter
     from artifex.training.run_folder import RunFolder
     from artifex.training.run_lock import RunLock
@@ -64,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 with user_errors():
                     how = {name: getattr(command, name) for name in ("start_anew", "take_over", "other_batch_size")}
+                    how["began"] = time.monotonic() - process_age()
                     run = open_run(command.config, command.run_dir, **how, replay=command.replay)
                     run_step = prepare(run)
                 run_steps(run, run_step, replay=command.replay)
@@ -106,20 +109,28 @@ def open_run(
     take_over: bool = False,
     other_batch_size: bool = False,
     replay: int | None = None,
+    began: float | None = None,
 ) -> Run:
     """Everything before the step is compiled, in the order in which mistakes are cheap. Writes nothing to the folder
     but what can be made again, to `cache/`: a tokenizer it had to train, latents. The folder is this run's alone from
-    here on, or from the first step where it is not there yet. With `replay` the run stands before that step."""
+    here on, or from the first step where it is not there yet. With `replay` the run stands before that step. `began`:
+    when it did, by `time.monotonic`, now if it is not given."""
+    from artifex.training.compile_cache import CompileCache
     from artifex.training.loop import take
     from artifex.training.run_folder import RunFolder
     from artifex.training.run_lock import RunLock
+    from artifex.training.trackers import check_installed
 
+    check_installed(config.logging.track or ())
+    began = time.monotonic() if began is None else began
     folder = RunFolder(run_dir)
     lock, lines = RunLock(folder.path), []
+    programs = CompileCache(folder.programs(config.training.compile_cache), lines.append)
     if folder.path.is_dir() and replay is None:
         take(lock, folder, take_over, lines.append)
     try:
-        return _opened(config, folder, lock, lines, start_anew, other_batch_size, replay)
+        with programs:
+            return _opened(config, folder, lock, programs, began, lines, start_anew, other_batch_size, replay)
     except BaseException:
         lock.leave()
         raise
@@ -129,6 +140,8 @@ def _opened(
     config: Config,
     folder: RunFolder,
     lock: RunLock,
+    programs: CompileCache,
+    began: float,
     lines: list[str],
     start_anew: bool,
     other_batch_size: bool,
@@ -139,11 +152,10 @@ def _opened(
 
     from artifex.scaling.checkpoints import Checkpoints
     from artifex.scaling.retention import Retention
-    from artifex.training.latent_cache import with_latents
+    from artifex.training.goodput import Goodput
     from artifex.training.latents import as_known, settle
     from artifex.training.loop import Run
     from artifex.training.memory import check_state, device_bytes, explained
-    from artifex.training.planning import partitioned
     from artifex.training.progress import Report
     from artifex.training.spill import check as check_spill
     from artifex.training.start import check as check_start
@@ -151,7 +163,10 @@ def _opened(
     from artifex.training.task import open_task
 
     # configuration -> plan -> mesh: wrong sizes fail here, before data is read
-    config = partitioned(config, print if processes.is_first() else lambda line: None)
+    if config.device.auto_partition:
+        from artifex.training.planning import partitioned
+
+        config = partitioned(config, print if processes.is_first() else lambda line: None)
     plan = plan_of(config, jax.device_count())
     mesh = plan.make_mesh()
     plan.execution(mesh)  # refuses what its devices cannot do
@@ -180,11 +195,16 @@ def _opened(
     blue, latents = (blue, []) if known else settle(blue, state, task.corpus)
     notes = [*lines, *task.corpus.changes, *changes, *latents, *notes]
     report = Report(start, config.training.steps, bar=config.logging.progress, quiet=not processes.is_first())
-    folder.say = report.line
+    folder.say = programs.say = report.line
     if config.data.cache_latents:
+        from artifex.training.latent_cache import with_latents
+
         with report.busy("encoding every image"):
             task = with_latents(task, blue, state, folder)
-    return Run(blue, task, folder, checkpoints, state, start, notes, report, lock)
+    goodput = Goodput(start, began=began)
+    if not start_anew:
+        goodput.go_on(folder.read_metrics())
+    return Run(blue, task, folder, checkpoints, state, start, notes, report, lock, programs, goodput)
 
 
 def plan_of(config: Config, device_count: int) -> Plan:
@@ -223,7 +243,7 @@ def begin(
     return checkpoints.restore(step, blue.state), step, task, [*skipped, f"resumed from step {step}{again}", *moved]
 
 
-def prepare(run: Run) -> Callable[[TrainState, Any], Any] | None:
+def prepare(run: Run) -> CompiledStep | None:
     """Say what the run is, and compile its step, on the first batch's shapes; None where no step is left.
 
     Raises `ValueError` for data that make no batch, and `MemoryError` where the step needs more than a device has.
@@ -241,7 +261,8 @@ def prepare(run: Run) -> Callable[[TrainState, Any], Any] | None:
     batches.close()
     if run.config.checkpoint.keep_best:
         check_metric(run, shapes)
-    with run.report.busy("compiling the step"), recording() as attention:
+    busy, compiling = run.report.busy("compiling the step"), run.goodput.during("compile")
+    with run.programs, busy, compiling, recording() as attention:
         run_step = fitting_step(run.blue, shapes, device_bytes())
         processes.all_say(None)  # gloo waits 30 s for a process that still compiles
     for line in [*([f"attention: {', '.join(sorted(attention))}"] if attention else []), *notes(run_step)]:
@@ -249,7 +270,7 @@ def prepare(run: Run) -> Callable[[TrainState, Any], Any] | None:
     return run_step
 
 
-def run_steps(run: Run, run_step: Callable[[TrainState, Any], Any] | None, *, replay: int | None = None) -> Path:
+def run_steps(run: Run, run_step: CompiledStep | None, *, replay: int | None = None) -> Path:
     """Train an opened run to its last step; then make whatever a finished run has: weights, scores, the curve.
 
     Where a run stands at its last step already, what is missing of these is made. Raises `Stopped` after a signal. With
@@ -262,19 +283,27 @@ def run_steps(run: Run, run_step: Callable[[TrainState, Any], Any] | None, *, re
     from artifex.training.replay import replay as take_again
 
     if replay is not None:
-        with run.checkpoints, run.report, explained("out of memory"):
+        with run.checkpoints, run.programs, run.report, explained("out of memory"):
             assert run_step is not None, "no run opened so stands at its end"
             take_again(run, run_step, replay)
         return run.folder.path
     steps, finished = run.config.training.steps, processes.first_says(run.folder.is_finished())
-    meter = Meter(run.blue, run.task, run.folder, run.report)
-    with run.lock, run.checkpoints, run.report, explained("out of memory; what is saved stays"):
+    meter = Meter(run, run_step.whole if run_step else 0)
+    with (
+        run.lock,
+        run.checkpoints,
+        run.programs,
+        run.folder,
+        run.report,
+        explained("out of memory; what is saved stays"),
+    ):
         if run_step is not None:
             finish(run, fit(run, run_step, meter), meter)
         elif run.start == steps and not finished:
             run.report.line(f"all {steps} steps are done; makes what is missing")
             check_finite(run.blue, run.state)
             run.folder.keep_metrics_up_to(steps)
+            run.folder.track(run.config, steps)
             finish(run, run.state, meter)
         else:
             done = "" if run.start == steps else f"step {run.start} is done, training.steps is {steps}: "
@@ -297,13 +326,16 @@ def finish(run: Run, state: TrainState, meter: Meter) -> None:
     save_pretrained(folder.weights, config.model.name, config.model.spec(), run.blue.tree(state))
     task.save_beside(folder.weights)
     if not processes.first_says(folder.has_line(step, "validation")):
-        meter.validated(step, *make_validate(run)(state, final=True))
-    run.blue.run(state, task.look, folder, step)
-    scores, lines = run.blue.run(state, task.conclude, folder, step)
+        with run.goodput.during("validation"):
+            meter.validated(step, *make_validate(run)(state, final=True))
+    with run.goodput.during("samples"):
+        run.blue.run(state, task.look, folder, step)
+        scores, lines = run.blue.run(state, task.conclude, folder, step)
     if scores and not folder.has_line(step, "samples"):
         folder.log({"step": step, "split": "samples", **scores})
     folder.plot(task.score)
-    for line in lines:
+    meter.tell(step)
+    for line in [*lines, run.goodput.line()]:
         report.line(line)
     report.line(f"{folder.path}: config.json metrics.jsonl loss.png samples/ checkpoints/ weights/")
     report.line(

@@ -169,6 +169,11 @@ def waiting() -> Iterator[None]:
         _lives.place = place
 
 
+def waits_for_others() -> bool:
+    """Whether the main thread waits for other processes, and not for what this one does."""
+    return _lives is not None and bool(_lives.place & 1)
+
+
 def count() -> int:
     """How many processes the run has."""
     import jax

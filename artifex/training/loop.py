@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +12,14 @@ from artifex.scaling import processes
 from artifex.training.run_folder import check_seen
 from artifex.training.saving import Saver
 from artifex.training.signals import Stopped, stop_signals
+from artifex.training.stall import StallWatch
 from artifex.training.step import make_evaluate
 
 if TYPE_CHECKING:
     from artifex.config import Config
     from artifex.scaling.checkpoints import Checkpoints
+    from artifex.training.compile_cache import CompileCache
+    from artifex.training.goodput import Goodput
     from artifex.training.meter import Meter
     from artifex.training.progress import Report
     from artifex.training.run_folder import RunFolder
@@ -39,6 +41,8 @@ class Run:
     notes: list[str]  # what the user should know about how it was opened
     report: Report
     lock: RunLock
+    programs: CompileCache
+    goodput: Goodput
 
     @property
     def config(self) -> Config:
@@ -53,42 +57,45 @@ def fit(run: Run, run_step: Callable[[TrainState, Any], Any], meter: Meter) -> T
     batches = task.batches(run.start, blue.part)
     validate, state, step, saver = make_validate(run), run.state, run.start, Saver(run)
     stop = None  # the signal that ends the run
-    with stop_signals() as seen:
-        # what the weights are worth before they are trained on
-        before = validate(state, final=True) if step == 0 and cfg.start_from is not None else None
+    during = run.goodput.during
+    watch = StallWatch(run.goodput, run.folder.stacks, run.report.line, config.logging.stall_after)
+    with stop_signals() as seen, watch:
+        before = None
+        if step == 0 and cfg.start_from is not None:
+            with during("validation"):  # what the weights are worth before they are trained on
+                before = validate(state, final=True)
         while step < cfg.steps and not (saver.tried == step and (stop := ended_by(seen, step, config.logging.every))):
-            asked = time.perf_counter()
-            known = step > run.start + 1  # how long a step takes, with all that its first ones make
-            processes.stands("reads the batch of step", step + 1, known=known)
-            batch = blue.placed(next(batches))
-            meter.waited(time.perf_counter() - asked)
-            processes.stands("computes step", step + 1, known=known)
-            state, metrics = run_step(state, batch)
-            step += 1
-            if step == run.start + 1:
-                begin_folder(run, metrics)
-                if before is not None:
-                    meter.validated(0, *before)
-            stop = ended_by(seen, step, config.logging.every)
-            # one step late: while Python reads the last step's metrics the device is busy with this one
-            meter.read_late(step, metrics)
+            with during("data", step + 1):
+                batch = blue.placed(next(batches))
+            with during("productive", step + 1):
+                state, metrics = run_step(state, batch)
+                step += 1
+                if step == run.start + 1:
+                    begin_folder(run, metrics)
+                    if before is not None:
+                        meter.validated(0, *before)
+                stop = ended_by(seen, step, config.logging.every)
+                # one step late: while Python reads the last step's metrics the device is busy with this one
+                meter.read_late(step, metrics)
             validation = None
-            processes.stands("validates after step", step, known=known)
             if step < cfg.steps and cfg.validate_every and step % cfg.validate_every == 0:
-                with meter.aside():
+                with meter.aside("validation", step):
                     validation = meter.validated(step, *validate(state, final=False))
-            processes.stands("saves after step", step, known=known)
             if step == cfg.steps or stop or (every and step % every == 0):
-                with meter.aside():  # reads this step's metrics first: what is not finite is never saved
+                with meter.aside(
+                    "checkpoint", step
+                ):  # reads this step's metrics first: what is not finite is never saved
                     saver.save(step, state, validation)
-                    processes.stands("makes samples after step", step, known=known)
-                    if step < cfg.steps and not stop:
+                if step < cfg.steps and not stop:
+                    with during("samples", step):
                         sample(run, state, step)
+                meter.tell(step)
             else:
-                saver.look(step)
+                with during("checkpoint", step):
+                    saver.look(step)
         batches.close()
-        processes.stands("saves after step", step, known=step > run.start + 2)
-        saver.settle()
+        with during("checkpoint", step):
+            saver.settle()
         processes.stands(None)
     if stop:
         where = f"at step {step}, which is saved" if step > run.start else "before the first step"
@@ -125,11 +132,17 @@ def take(lock: RunLock, folder: RunFolder, over: bool = False, says: Callable[[s
 def begin_folder(run: Run, metrics: Any) -> None:
     """Make the folder that of this run, once its first step is computed: until then a start can fail."""
     jax.block_until_ready(metrics)
-    take(run.lock, run.folder)
-    run.checkpoints.set_aside(run.start + 1)
-    run.folder.begin(run.config, run.start)
-    run.task.save_beside(run.folder.path)
-    check_seen(run.folder.config)
+    run.goodput.first_step()
+    with run.goodput.during("start"):
+        take(run.lock, run.folder)
+        run.checkpoints.set_aside(run.start + 1)
+        run.folder.begin(run.config, run.start)
+        run.task.save_beside(run.folder.path)
+        check_seen(run.folder.config)
+        run.programs.begin()
+        run.folder.track(run.config, run.start)
+    if run.goodput.starts > 1:  # the lines that it goes on from were set aside
+        run.folder.log(run.goodput.told(run.start))
 
 
 def check_metric(run: Run, shapes: Mapping[str, tuple[Any, Any]]) -> None:

@@ -15,6 +15,7 @@ import jax
 from artifex.scaling.communication import Communication, communication
 from artifex.scaling.compiler_log import laid_out_anew
 from artifex.scaling.placement import bytes_on_device, size_text
+from artifex.training.compile_cache import said
 from artifex.training.state import Blueprint, TrainState, blueprint, planned
 from artifex.training.step import Batch, Metrics, make_step
 
@@ -81,15 +82,15 @@ def compile_step(blue: Blueprint, shapes: Shapes, *, lowered: Any = None, option
                 says = f"this XLA has no option {unknown[1]}, which `collectives` sets (jax {jax.__version__})"
                 raise ValueError(f"{says}; leave the wish out") from error
             raise
-    used = compiled.memory_analysis()
+    used, told = compiled.memory_analysis(), said(anew)
     if used is None:
-        return CompiledStep(compiled, blue, shapes, 0, 0, tuple(anew))
+        return CompiledStep(compiled, blue, shapes, 0, 0, told)
     if blue.execution.platform == "tpu":  # whose temporaries are with its arguments in libtpu 0.0.42, not in 0.0.51
         whole = used.peak_memory_in_bytes
-        return CompiledStep(compiled, blue, shapes, whole - used.argument_size_in_bytes, whole, tuple(anew))
+        return CompiledStep(compiled, blue, shapes, whole - used.argument_size_in_bytes, whole, told)
     # not `peak_memory_in_bytes`, which leaves out temporaries on a CPU
     whole = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes
-    return CompiledStep(compiled, blue, shapes, used.temp_size_in_bytes, whole, tuple(anew))
+    return CompiledStep(compiled, blue, shapes, used.temp_size_in_bytes, whole, told)
 
 
 def fitting_step(blue: Blueprint, shapes: Shapes, have: int | None) -> CompiledStep:

@@ -1,43 +1,48 @@
-"""What a run measures: loss one step late, throughput, time spent waiting for data; and what must stop it."""
+"""What a run measures: loss one step late, throughput, utilisation, memory, waiting for data; and what must stop it."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from artifex.training import finite
 from artifex.training.position import rows_before
-from artifex.training.progress import Report
 from artifex.training.replay import host, keep_batch
-from artifex.training.run_folder import RunFolder
-from artifex.training.state import Blueprint
-from artifex.training.task import Metrics, Task
+from artifex.training.task import Metrics
+from artifex.training.use import in_words, use
+
+if TYPE_CHECKING:
+    from artifex.training.loop import Run
 
 
 class Meter:
     """Reads metrics one step late, writes them at intervals, and refuses what is not finite.
 
     A line of the `train` split is the mean over the steps since the line before. Throughput counts neither
-    compilation nor what runs `aside`: validation, checkpoints, samples.
+    compilation nor what runs `aside`: validation, checkpoints, samples. `goodput` keeps the time.
     """
 
-    def __init__(self, blue: Blueprint, task: Task, folder: RunFolder, report: Report):
-        self.blue, self.config, self.task, self.folder, self.report = blue, blue.config, task, folder, report
+    def __init__(self, run: Run, step_bytes: int = 0):
+        """`step_bytes`: what the compiled step takes of a device, told where the device does not say what is in use."""
+        self.blue, self.config, self.task, self.folder, self.report = (
+            run.blue,
+            run.config,
+            run.task,
+            run.folder,
+            run.report,
+        )
+        self.goodput, self.step_bytes = run.goodput, step_bytes
         self.late: tuple[int, dict[str, jax.Array]] | None = None
-        self.began = self.since = time.perf_counter()
-        self.data_wait, self.since_line, self.timed_steps = 0.0, [], 0
+        self.began = time.perf_counter()
+        self.mark, self.since_line, self.timed_steps = (0.0, 0.0), [], 0
         self.compiled = False
         self.in_a_row = 0
-        before = (record for record in folder.read_metrics() if record["step"] <= report.start)
+        before = (record for record in run.folder.read_metrics() if record["step"] <= run.start)
         self.skipped = sum(record["split"] == "skipped" for record in before)
-
-    def waited(self, seconds: float) -> None:
-        """Add to the time spent waiting for data."""
-        self.data_wait += seconds
 
     def read_late(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Take the metrics of `step` and read those of the step before."""
@@ -59,7 +64,7 @@ class Meter:
             del metrics[finite.METRIC]
             self.since_line.append(metrics)
         if not self.compiled:  # the first step compiles: it is in no rate
-            self.compiled, self.since, self.data_wait = True, time.perf_counter(), 0.0
+            self.compiled, self.mark = True, self.goodput.trained()
         else:
             self.timed_steps += 1
         if self.since_line and (step % self.config.logging.every == 0 or step == self.config.training.steps):
@@ -93,8 +98,11 @@ class Meter:
 
     def write(self, step: int, last: Metrics) -> None:
         """One line of the `train` split, to the file and beside the bar."""
-        seconds, task = time.perf_counter() - self.since, self.task
-        rate = self.timed_steps * task.per_step / seconds if self.timed_steps else None
+        task, now = self.task, self.goodput.trained()
+        seconds, data_wait = now[0] - self.mark[0], now[1] - self.mark[1]
+        per_second = self.timed_steps / seconds if self.timed_steps else None
+        used = use(self.blue, per_second, self.step_bytes)
+        rate = per_second and per_second * task.per_step
         count = len(self.since_line)
         means = {name: sum(line[name] for line in self.since_line) / count for name in last if name != "weight"}
         self.folder.log(
@@ -106,7 +114,8 @@ class Meter:
                 "learning_rate": last["learning_rate"],
                 task.noun: rows_before(task, step) * task.per_step // self.config.training.batch_size,
                 f"{task.noun}_per_second": rate,
-                "data_wait_seconds": self.data_wait,
+                "data_wait_seconds": data_wait,
+                **used,
                 "elapsed_seconds": time.perf_counter() - self.began,
             }
         )
@@ -115,9 +124,15 @@ class Meter:
         if score.unit != "loss":
             shown += f" ({means[score.field] * score.scale:.3f} {score.unit})"
         if rate:
-            shown += f"  {rate:,.0f} {task.noun}/s  data wait {self.data_wait / seconds:.1%}"
-        self.report.advance(step, shown)
-        self.since, self.data_wait, self.since_line, self.timed_steps = time.perf_counter(), 0.0, [], 0
+            shown += f"  {rate:,.0f} {task.noun}/s  data wait {data_wait / seconds:.1%}"
+        self.report.advance(step, shown + in_words(used))
+        if self.goodput.is_due():
+            self.tell(step)
+        self.mark, self.since_line, self.timed_steps = self.goodput.trained(), [], 0
+
+    def tell(self, step: int) -> None:
+        """One line of the `goodput` split."""
+        self.folder.log(self.goodput.told(step))
 
     def validated(self, step: int, metrics: Metrics, weight: float) -> Metrics:
         """One line of the `validation` split: means over `weight` targets or images. Returns them by their names."""
@@ -135,9 +150,9 @@ class Meter:
         return named
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
+    def aside(self, part: str, step: int) -> Iterator[None]:
         """Work that is no training: everything outstanding is read before it, and its time is in no rate."""
-        self.flush()
-        began = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - began
+        with self.goodput.during("productive", step):
+            self.flush()
+        with self.goodput.during(part, step):
+            yield

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from artifex.config import Config
 from artifex.config_io import ConfigError
@@ -23,6 +23,9 @@ from artifex.scaling.processes import all_say, by_first
 from artifex.training.metrics_file import MetricsFile, beside
 from artifex.training.run_lock import NAME as LOCK
 from artifex.training.task import Metrics, Score
+
+if TYPE_CHECKING:
+    from artifex.training.trackers import Trackers
 
 SEEN = 60  # seconds in which a file that one process wrote appears to another; NFS may remember that it was not there
 FIXED = {
@@ -69,7 +72,10 @@ class RunFolder:
         self.weights = path / "weights"
         self.tokenizer = path / self.TOKENIZER
         self.replay = path / "replay"
-        self.cache = path / "cache"  # what can be made again: a trained tokenizer
+        self.tensorboard, self.wandb = path / "tensorboard", path / "wandb"
+        self.stacks = path / "stall.txt"  # what the run was at when it stood still
+        self.trackers: Trackers | None = None
+        self.cache = path / "cache"  # what can be made again: a trained tokenizer, compiled programs
 
     def saved(self, *, start_anew: bool = False) -> Config | None:
         """The configuration of the run that is here, of its newest step where `config.json` is lost; None where none
@@ -199,12 +205,36 @@ class RunFolder:
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to `metrics.jsonl`, or let it wait where that cannot be done."""
         self.lines.append(record, self.say)
+        if self.trackers is not None:
+            self.trackers.log(record)
+
+    @by_first
+    def track(self, config: Config, step: int) -> None:
+        """Tell the trackers of `logging.track` what is written from now on, and what was up to `step`."""
+        if config.logging.track is None:
+            return
+        from artifex.training.trackers import Trackers
+
+        known = {"records": self.read_metrics(), "config": config.to_dict(), "start": step}
+        self.trackers = Trackers(config.logging.track, self.path, **known, say=self.say)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let the trackers write what is outstanding."""
+        if self.trackers is not None:
+            self.trackers.close()
 
     def cannot_write(self, what: str, error: OSError) -> None:
         """Say, once, that something to look at could not be written: the run goes on without."""
         self.lost += 1
         if self.lost == 1:
             self.say(f"warning: {what} cannot be written: {error}; the run goes on without")
+
+    def programs(self, where: str) -> Path | None:
+        """Where compiled programs are kept, by `training.compile_cache`."""
+        return {"run": self.cache / "programs", "off": None}.get(where, Path(where))
 
     def batch(self, step: int) -> Path:
         """The file of a batch that is kept, of a step that was not finite."""

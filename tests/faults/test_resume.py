@@ -97,7 +97,7 @@ def trained(config: Config, folder: Path, *, stop: int | None = None) -> Trained
         run.checkpoints.save = saving
         ends = contextlib.nullcontext() if stop is None else pytest.raises(SystemExit)
         with run.lock, run.checkpoints, run.report, ends:
-            found.state = jax.device_get(fit(run, noting, Meter(run.blue, run.task, run.folder, run.report)))
+            found.state = jax.device_get(fit(run, noting, Meter(run)))
     return found
 
 

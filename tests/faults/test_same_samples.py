@@ -140,7 +140,7 @@ def rows_of(config, run_dir, **how):
         return run_step(state, batch)
 
     with run.lock, run.checkpoints, run.report:
-        fit(run, noting, Meter(run.blue, run.task, run.folder, run.report))
+        fit(run, noting, Meter(run))
     return rows
 
 

@@ -26,7 +26,6 @@ from decimal import Decimal
 from typing import Literal
 
 import numpy as np
-from scipy.optimize import milp
 
 Solver = Literal["dp", "ilp", "brute"]
 LARGEST = 1e4
@@ -222,6 +221,8 @@ def _ilp(problem: _Problem, k: int) -> list[tuple[int, ...]]:
 
 def _least(objectives: list[np.ndarray], rows: list[tuple], transient_O: np.ndarray) -> np.ndarray | None:
     """What has the least first objective, of these the least second, and so on; None where nothing is feasible."""
+    from scipy.optimize import milp  # half a second that no run needs but one that is planned
+
     x_O, rows = None, list(rows)
     integral = np.append(np.ones(len(transient_O)), 0.0)
     ranges, exact = (0.0, np.where(integral, 1.0, np.inf)), {"mip_rel_gap": 0}

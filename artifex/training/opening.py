@@ -1,0 +1,1 @@
+from artifex.train import open_run
