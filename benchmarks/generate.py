@@ -24,7 +24,7 @@ def main() -> None:
     args = setups.parser(__doc__).parse_args()
     setup = setups.chosen(args)
     sizes = [args.batch] if args.batch else [1, 8]
-    report.finish(args, [compare(dataclasses.replace(setup, batch=rows), args) for rows in sizes])
+    report.finish(args, (compare(dataclasses.replace(setup, batch=rows), args) for rows in sizes))
 
 
 def compare(setup: setups.Setup, args: argparse.Namespace) -> report.Record:

@@ -64,12 +64,11 @@ def main() -> None:
     setups.add_rivals(options)
     args = options.parse_args()
     print(setups.machine())
-    records = []
-    for name in args.models or SETUPS:
+    sizes = SMALL if args.small else GPU if args.gpu else SETUPS
+    for name in args.models:
         if name not in SETUPS:
             options.error(f"{name!r} is unknown; choose any of {', '.join(SETUPS)}")
-        records.append(compare(name, (SMALL if args.small else GPU if args.gpu else SETUPS)[name], args))
-    report.finish(args, records)
+    report.finish(args, (compare(name, sizes[name], args) for name in args.models or SETUPS))
 
 
 def compare(name: str, setup: ImageSetup, args: argparse.Namespace) -> report.Record:

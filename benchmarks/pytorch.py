@@ -15,6 +15,7 @@ from flax import nnx
 
 from artifex.models.transformer.config import DecoderConfig
 from artifex.models.weights import save_pretrained
+from artifex.models.weights_config import chosen_layout
 
 
 def build(cfg: DecoderConfig, bare: Any) -> Any:
@@ -30,6 +31,12 @@ def build(cfg: DecoderConfig, bare: Any) -> Any:
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     model.tie_weights()
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def shaped(cfg: DecoderConfig) -> Any:
+    """The class of `transformers` for this decoder with its configuration, on the default device."""
+    values = chosen_layout(cfg, "huggingface")[1]
+    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values))
 
 
 def load(cfg: DecoderConfig, params: Any) -> Any:

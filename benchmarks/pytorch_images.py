@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from artifex.models.weights import save_pretrained
+from artifex.models.weights_config import chosen_layout
 
 Tree = Any
 F = torch.nn.functional
@@ -128,6 +129,12 @@ def build(ours: Any, params: Tree) -> torch.nn.Module:
     return module.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def shaped(network: Any) -> torch.nn.Module:
+    """The class of `diffusers` for the network of this configuration, on the default device."""
+    values = chosen_layout(network, "huggingface")[1]
+    return getattr(diffusers, values["_class_name"]).from_config(values)
+
+
 def make_step(
     module: Any,
     batch: Mapping[str, Any],
@@ -138,8 +145,8 @@ def make_step(
     channels_last: bool,
     compiled: bool,
 ) -> tuple[Callable[[], float], Callable[[Mapping[str, Any]], float]]:
-    """One training step as a call that returns the loss, and the loss for given random numbers, without a step and never
-    compiled."""
+    """One training step as a call that returns the loss, and the loss for given random numbers, without a step and
+    never compiled."""
     device, layout = next(module.parameters()).device, torch.channels_last if channels_last else torch.contiguous_format
     module = module.to(memory_format=layout)
 

@@ -7,9 +7,10 @@ its first call, what it computed, or why it failed; and ratios. Imports the stan
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,13 @@ def compared(
     best = [fastest(seconds, rival) for rival in rivals]
     ratios = [("ours", theirs) for theirs in best if theirs is not None]
     extra = {
-        key: {"first": worker.first, "computed": {k: v for k, v in worker.computed.items() if isinstance(v, float)}}
+        key: {"first": worker.first, "memory": worker.memory}
+        | {"computed": {k: v for k, v in worker.computed.items() if not isinstance(v, list)}}
         for key, worker in found.items()
     }
     made = record(name, seconds, work=work, unit=unit, ratios=ratios, failed=failed, extra=extra)
+    if any(len(times) < rounds for times in seconds.values()):
+        made["interrupted"] = True
     show(made)
     return made
 
@@ -56,17 +60,18 @@ def unequal(workers: Sequence[Worker], tolerance: float) -> dict[str, str]:
     the first has."""
     wrong = {}
     for worker in workers:
+        numbers = {key: value for key, value in worker.computed.items() if isinstance(value, float)}
+        if numbers:
+            print(f"{worker.name}: {', '.join(f'{quantity} {value:.6f}' for quantity, value in numbers.items())}")
         for quantity, value in worker.computed.items():
-            wanted = workers[0].computed[quantity]
+            wanted = workers[0].computed.get(quantity, value)
             if isinstance(value, list):
                 same = statistics.mean(a == b for a, b in zip(value, wanted, strict=True))
-                differs, said = 1 - same > tolerance, f"{100 * same:.1f} % of the {quantity} of {worker.name} are ours"
-            else:
-                differs = not abs(value - wanted) <= tolerance * abs(wanted)
-                said = f"{quantity} of {worker.name} is {value:.6f}, of ours {wanted:.6f}"
-            print(said)
-            if differs:
-                wrong[worker.name] = f"computes something else: {said}"
+                print(f"{100 * same:.1f} % of the {quantity} of {worker.name} are ours")
+                if 1 - same > tolerance:
+                    wrong[worker.name] = f"computes something else: {100 * same:.1f} % of its {quantity} are ours"
+            elif isinstance(value, float) and not abs(value - wanted) <= tolerance * abs(wanted):
+                wrong[worker.name] = f"computes something else: its {quantity} is {value:.6g}, ours {wanted:.6g}"
     return wrong
 
 
@@ -136,9 +141,16 @@ def add_json(options: argparse.ArgumentParser) -> None:
     options.add_argument("--json", type=Path, metavar="FILE", help="also write the records to this file")
 
 
-def finish(args: argparse.Namespace, records: Sequence[Record]) -> None:
-    """Write the records where that was asked for. Exits with 1 where something failed."""
+def finish(args: argparse.Namespace, records: Iterable[Record]) -> None:
+    """Make the records and write them where that was asked for; Ctrl-C ends it with those that are there. Exits with 1
+    where something failed."""
+    made: list[Record] = []
+    with contextlib.suppress(KeyboardInterrupt):
+        for each in records:
+            made.append(each)
+            if each.get("interrupted"):
+                break
     if args.json:
-        args.json.write_text(json.dumps(list(records), indent=1), encoding="utf-8")
-    if any("failed" in row for made in records for row in made["variants"].values()):
+        args.json.write_text(json.dumps(made, indent=1), encoding="utf-8")
+    if any("failed" in row for each in made for row in each["variants"].values()):
         raise SystemExit(1)

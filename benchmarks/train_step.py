@@ -32,11 +32,7 @@ def main() -> None:
     for name in args.models:
         if name not in known:
             options.error(f"{name!r} is unknown; choose any of {', '.join(known)}")
-    records = []
-    for name in args.models or known:
-        records.append(compare(name, known[name], args))
-        show_rates(records[-1], known[name], args.peak or setups.known_peak())
-    report.finish(args, records)
+    report.finish(args, (compare(name, known[name], args) for name in args.models or known))
 
 
 def compare(name: str, setup: setups.Setup, args: argparse.Namespace) -> report.Record:
@@ -51,7 +47,9 @@ def compare(name: str, setup: setups.Setup, args: argparse.Namespace) -> report.
     variants |= setups.against(args, variants["ours"])
     tolerance = 1e-5 if setup.dtype == "float32" else 2e-2
     work = setup.batch * setup.sequence
-    return report.compared(f"{name} step", variants, args.rounds, work=work, unit="tokens", tolerance=tolerance)
+    made = report.compared(f"{name} step", variants, args.rounds, work=work, unit="tokens", tolerance=tolerance)
+    show_rates(made, setup, args.peak or setups.known_peak())
+    return made
 
 
 def show_rates(record: report.Record, setup: setups.Setup, peak: float | None) -> None:

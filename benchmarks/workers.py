@@ -30,6 +30,7 @@ WARMUP = 2  # calls: the first compiles for the arrays it is given, the second f
 
 # all workers hold their arrays on one accelerator at a time; by default JAX takes three quarters of it for the first
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # what compiling takes is measured
 
 
 class Built(NamedTuple):
@@ -49,12 +50,14 @@ class Variant(NamedTuple):
 
 
 class Worker(NamedTuple):
-    """A process that is warm and waits; `first`: seconds of its first call, which compiles what is compiled."""
+    """A process that is warm and waits; `first`: seconds of its first call, which compiles what is compiled; `memory`:
+    the most bytes that it took of a GPU."""
 
     name: str
     pipe: Connection
     computed: dict[str, Any]
     first: float
+    memory: int | None
 
 
 @contextlib.contextmanager
@@ -143,11 +146,19 @@ def _serve(pipe: Connection) -> None:
     seconds = []
     for _ in range(WARMUP):
         seconds.append(timed(lambda: jax.block_until_ready(built.call())))
-    pipe.send((built.computed, seconds[0]))
+    pipe.send((built.computed, seconds[0], most_memory()))
     with contextlib.suppress(EOFError):
         while pipe.recv():
             jax.block_until_ready(built.call())  # not timed: brings back what the others pushed out of the caches
             pipe.send(timed(lambda: jax.block_until_ready(built.call())))
+
+
+def most_memory() -> int | None:
+    """Bytes that this process took of its GPU at most, by PyTorch where that is at work, or by JAX."""
+    torch, jax = sys.modules.get("torch"), sys.modules["jax"]
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def timed(call: Callable[[], Any]) -> float:
