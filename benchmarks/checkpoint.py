@@ -157,7 +157,7 @@ def equal(x: jax.Array, expected: np.ndarray) -> bool:
 
 def record(clock: Clock, size: int, devices: int) -> report.Record:
     """What came out, printed too."""
-    pairs = [("save", "raw write"), ("restore", "raw read"), ("resume", "raw read")]
+    pairs = [("raw write", "save"), ("raw read", "restore"), ("raw read", "resume")]
     name = f"checkpoint, {devices} device{'s' * (devices > 1)}"
     made = report.record(name, clock.seconds, work=size / MIB, unit="MiB", ratios=pairs)
     report.show(made)

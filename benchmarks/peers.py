@@ -40,25 +40,24 @@ PEERS = {
     "ours": Peer(("-e", f"{ROOT}[images]"), "artifex"),
     # with ours beside it: a worker takes the parameters from the same model
     "pytorch": Peer(("-e", f"{ROOT}[parity]", "torch==2.13.0"), "diffusers"),
-    "levanter": Peer(("levanter",), "levanter"),
-    "keras-hub": Peer(("keras-hub", "jax"), "keras_hub"),
-    "easydel": Peer(("easydel",), "easydel"),
-    "maxtext": Peer(("maxtext",), "MaxText"),
+    "keras-hub": Peer(("-e", str(ROOT), "keras-hub"), "keras_hub"),
 }
-VERSIONS = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "diffusers", "keras", "keras-hub", "levanter")
+VERSIONS = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "diffusers", "keras", "keras-hub")
 
 
 class Benchmark(NamedTuple):
-    """A script with its options; `quick`: those that make it tiny; `peers`: whether PyTorch runs beside it."""
+    """A script with its options; `quick`: those that make it tiny; `peers`, `keras`: whether PyTorch and KerasHub
+    run beside it."""
 
     command: tuple[str, ...]
     quick: tuple[str, ...] = ("--small",)
     peers: bool = True
+    keras: bool = False
     rounds: bool = True
 
 
 BENCHMARKS = {
-    "decoder": Benchmark(("train_step.py", "decoder")),
+    "decoder": Benchmark(("train_step.py", "decoder"), keras=True),
     "moe": Benchmark(("train_step.py", "moe")),
     "dit": Benchmark(("image_step.py", "dit")),
     "unet": Benchmark(("image_step.py", "unet")),
@@ -192,6 +191,9 @@ def run(benchmark: Benchmark, environments: dict[str, Any], args: argparse.Names
     torch = environments.get("pytorch", {"failed": "not asked for"})
     if benchmark.peers:
         command += ["--no-torch"] if "failed" in torch else ["--torch-python", torch["python"]]
+    keras = environments.get("keras-hub", {})
+    if benchmark.keras and "python" in keras:
+        command += ["--keras-python", keras["python"]]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "records.json"
         process = subprocess.Popen([*command, "--json", str(path)], env=os.environ | {"PYTHONPATH": str(ROOT)})
@@ -203,6 +205,8 @@ def run(benchmark: Benchmark, environments: dict[str, Any], args: argparse.Names
     for record in records:
         if benchmark.peers and "failed" in torch:
             record["variants"]["PyTorch"] = {"failed": torch["failed"]}
+        if benchmark.keras and "failed" in keras:
+            record["variants"]["KerasHub"] = {"failed": keras["failed"]}
     return records
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from workers import Variant, Worker, in_turn, started
 
 Record = dict[str, Any]
+RIVALS = ("bare JAX", "PyTorch", "ours in")
 
 
 def compared(
@@ -27,7 +28,7 @@ def compared(
     work: float,
     unit: str,
     tolerance: float = 1e-5,
-    rivals: Sequence[str] = ("bare JAX", "PyTorch", "ours in"),
+    rivals: Sequence[str] = RIVALS,
 ) -> Record:
     """Time all variants in turn, print what came out, and return its record.
 
