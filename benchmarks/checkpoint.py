@@ -19,14 +19,14 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import report
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from report import ratio, table
 from setups import machine
 
 from artifex.scaling.checkpoints import Checkpoints
@@ -155,14 +155,18 @@ def equal(x: jax.Array, expected: np.ndarray) -> bool:
     return all(np.array_equal(shard.data, expected[shard.index]) for shard in x.addressable_shards)
 
 
-def lines(clock: Clock, size: int) -> Iterator[str]:
-    yield table(clock.seconds, size / MIB, "MiB")
-    yield ratio(clock.seconds, "raw write", "save")
-    yield ratio(clock.seconds, "raw read", "restore")
-    yield ratio(clock.seconds, "raw read", "resume")
-    yield f"the loop is held {1e3 * statistics.median(clock.seconds['the call']):.1f} ms"
-    for name in ("save", "restore"):
-        yield f"memory of a {name}: at most {max(clock.memory[name]) / size:.2f} of the state's size"
+def record(clock: Clock, size: int, devices: int) -> report.Record:
+    """What came out, printed too."""
+    pairs = [("raw write", "save"), ("raw read", "restore"), ("raw read", "resume")]
+    name = f"checkpoint, {devices} device{'s' * (devices > 1)}"
+    made = report.record(name, clock.seconds, work=size / MIB, unit="MiB", ratios=pairs)
+    report.show(made)
+    print(f"the loop is held {1e3 * statistics.median(clock.seconds['the call']):.1f} ms")
+    for what in ("save", "restore"):
+        memory = max(clock.memory[what]) / size
+        print(f"memory of a {what}: at most {memory:.2f} of the state's size", flush=True)
+        made["variants"][what]["memory"] = memory
+    return made
 
 
 def main() -> None:
@@ -170,14 +174,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="times that each is timed")
     parser.add_argument("--small", action="store_true", help="4 MiB, to see that it runs")
     parser.add_argument("--folder", type=Path, help="where to write; the default is the system's temporary one")
+    report.add_json(parser)
     args = parser.parse_args()
+    records = []
     print(machine())
     for devices in (jax.devices()[:1], jax.devices())[: jax.device_count()]:
         state = state_on(devices, 64 if args.small else 1024)
         size = sum(x.nbytes for x in jax.tree.leaves(state))
         print(f"\n{len(by_path(state))} arrays, {size / MIB:,.0f} MiB, devices: {len(devices)}")
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            print(*lines(measured(Path(folder), state, args.rounds), size), sep="\n", flush=True)
+            records.append(record(measured(Path(folder), state, args.rounds), size, len(devices)))
+    report.finish(args, records)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import itertools
 import statistics
 import time
 
+import report
+
 from artifex.data.batches import Batches
 from artifex.data.text import load_text
 
@@ -15,6 +17,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=1_000, help="batches in each of five rounds")
+    report.add_json(parser)
     args = parser.parse_args()
 
     start = time.perf_counter()
@@ -39,6 +42,7 @@ def main() -> None:
     each = statistics.median(seconds)
     tokens = args.batch_size * args.sequence_length
     print(f"{1 / each:,.0f} batches/s of {args.batch_size} x {args.sequence_length}: {tokens / each:,.0f} tokens/s")
+    report.finish(args, [report.record("data loading", {"ours": seconds}, work=tokens, unit="tokens")])
 
 
 if __name__ == "__main__":

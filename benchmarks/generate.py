@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import report
 import setups
-import workers
 from flax import nnx
 from workers import Built, Variant
 
@@ -24,24 +23,18 @@ from workers import Built, Variant
 def main() -> None:
     args = setups.parser(__doc__).parse_args()
     setup = setups.chosen(args)
-    for rows in [args.batch] if args.batch else [1, 8]:
-        compare(dataclasses.replace(setup, batch=rows), args)
+    sizes = [args.batch] if args.batch else [1, 8]
+    report.finish(args, (compare(dataclasses.replace(setup, batch=rows), args) for rows in sizes))
 
 
-def compare(setup: setups.Setup, args: argparse.Namespace) -> None:
+def compare(setup: setups.Setup, args: argparse.Namespace) -> report.Record:
     """Time all variants on one batch."""
     variants = {"ours": Variant(ours, (setup,)), "bare JAX": Variant(bare_jax, (setup,))}
-    if args.torch:
-        variants["PyTorch"] = Variant(pytorch, (setup,))
+    variants |= setups.in_torch(args, pytorch, (setup,))
     variants |= setups.against(args, variants["ours"])
-    print(f"batch {setup.batch}, {setup.prompt} + {setup.new_tokens} tokens")
-    with workers.started(variants) as all_workers:
-        seconds = workers.in_turn(all_workers, args.rounds)
-    print(report.table(seconds, setup.batch * setup.new_tokens, "tokens"))
-    tokens = {worker.name: worker.computed["tokens"] for worker in all_workers}
-    for rival in list(variants)[1:]:
-        print(report.ratio(seconds, "ours", rival))
-        print(f"{100 * np.mean(tokens[rival] == tokens['ours']):.1f} % of the tokens of {rival} are ours")
+    name = f"generation, {setup.batch} row{'s' * (setup.batch > 1)}"
+    work, tolerance = setup.batch * setup.new_tokens, 0 if setup.dtype == "float32" else 1
+    return report.compared(name, variants, args.rounds, work=work, unit="tokens", tolerance=tolerance)
 
 
 def our_model(setup: setups.Setup) -> tuple[Any, Any]:
@@ -73,15 +66,15 @@ def bare_jax(setup: setups.Setup) -> Built:
     return built(lambda: bare.generate(matrices, prompt_BP, **how))
 
 
-def pytorch(setup: setups.Setup) -> Built:
+def pytorch(setup: setups.Setup, compiled: bool) -> Built:
     import pytorch
 
     model = pytorch.build(setup.decoder, bare.from_model(our_model(setup)[1], join=True))
-    return built(pytorch.make_generate(model, prompt(setup), setup.new_tokens, setup.dtype))
+    return built(pytorch.make_generate(model, prompt(setup), setup.new_tokens, setup.dtype, compiled=compiled))
 
 
 def built(call: Callable[[], Any]) -> Built:
-    return Built(call, {"tokens": np.asarray(call())})
+    return Built(call, {"tokens": np.asarray(call()).ravel().tolist()})
 
 
 if __name__ == "__main__":

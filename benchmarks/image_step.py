@@ -18,8 +18,8 @@ import optax
 import ours as package
 import report
 import setups
-import workers
 from flax import nnx
+from setups import ImageSetup
 from workers import Built, Variant
 
 from artifex.models.diffusion.networks import UNET
@@ -28,39 +28,29 @@ from artifex.training.state import Blueprint, TrainState
 RATE = 1e-4
 
 
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """A preset with other sizes, the images of a step, and the dtype of compute."""
-
-    preset: str
-    overrides: dict[str, Any]
-    batch: int
-    dtype: str = "float32"
-
-
 NO_VARIANCE = {"out_channels": 4}  # of DiT: the bound that trains it is no part of what PyTorch and bare JAX compute
 SETUPS = {
-    "dit": Setup("dit-s2", {"network": NO_VARIANCE}, batch=8),
-    "unet": Setup("ddpm-cifar", {"network": dataclasses.asdict(UNET["unet-32"])}, batch=16),
-    "vae": Setup("vae-cifar", {}, batch=64),
+    "dit": ImageSetup("dit-s2", {"network": NO_VARIANCE}, batch=8),
+    "unet": ImageSetup("ddpm-cifar", {"network": dataclasses.asdict(UNET["unet-32"])}, batch=16),
+    "vae": ImageSetup("vae-cifar", {}, batch=64),
 }
 SMALL = {
-    "dit": Setup(
+    "dit": ImageSetup(
         "dit-s2",
         {"network": NO_VARIANCE | {"image_size": 8, "embed_dim": 48, "num_layers": 2, "num_heads": 2}},
         batch=2,
     ),
-    "unet": Setup(
+    "unet": ImageSetup(
         "ddpm-cifar",
         {"network": {"image_size": 8, "block_channels": (32, 64), "head_dim": 32, "layers_per_block": 1}},
         batch=2,
     ),
-    "vae": Setup("vae-cifar", {"image_size": 8, "block_channels": (8, 16), "latent_dim": 4}, batch=2),
+    "vae": ImageSetup("vae-cifar", {"image_size": 8, "block_channels": (8, 16), "latent_dim": 4}, batch=2),
 }
 GPU = {
-    "dit": Setup("dit-b2", {"network": NO_VARIANCE}, batch=128, dtype="bfloat16"),
-    "unet": Setup("ddpm-cifar", {}, batch=128, dtype="bfloat16"),
-    "vae": Setup("vae-cifar", {}, batch=1_024, dtype="bfloat16"),
+    "dit": ImageSetup("dit-b2", {"network": NO_VARIANCE}, batch=128, dtype="bfloat16"),
+    "unet": ImageSetup("ddpm-cifar", {}, batch=128, dtype="bfloat16"),
+    "vae": ImageSetup("vae-cifar", {}, batch=1_024, dtype="bfloat16"),
 }
 
 
@@ -71,35 +61,29 @@ def main() -> None:
     size.add_argument("--small", action="store_true", help="a few seconds, to see that it runs")
     size.add_argument("--gpu", action="store_true", help="larger, in bfloat16, on an accelerator")
     options.add_argument("--rounds", type=int, default=7, help="times that each variant is timed")
-    options.add_argument("--no-torch", dest="torch", action="store_false", help="leave out PyTorch")
-    setups.add_against(options)
+    setups.add_rivals(options)
     args = options.parse_args()
     print(setups.machine())
-    for name in args.models or SETUPS:
+    sizes = SMALL if args.small else GPU if args.gpu else SETUPS
+    for name in args.models:
         if name not in SETUPS:
             options.error(f"{name!r} is unknown; choose any of {', '.join(SETUPS)}")
-        compare(name, (SMALL if args.small else GPU if args.gpu else SETUPS)[name], args)
+    report.finish(args, (compare(name, sizes[name], args) for name in args.models or SETUPS))
 
 
-def compare(name: str, setup: Setup, args: argparse.Namespace) -> None:
+def compare(name: str, setup: ImageSetup, args: argparse.Namespace) -> report.Record:
     """Time all variants of one model."""
     print(f"\n{name}: {setup}")
     variants = {"ours": Variant(ours, (setup,)), "bare JAX": Variant(bare_jax, (setup,))}
-    if args.torch:
-        variants["PyTorch"] = Variant(pytorch, (setup, False))
-        if name != "dit":  # a transformer has no use for another layout
-            variants["PyTorch, channels last"] = Variant(pytorch, (setup, True))
+    variants |= setups.in_torch(args, pytorch, (setup, False))
+    if name != "dit":  # a transformer has no use for another layout
+        variants |= setups.in_torch(args, pytorch, (setup, True), "PyTorch, channels last")
     variants |= setups.against(args, variants["ours"])
-    with workers.started(variants) as all_workers:
-        report.check_equal(all_workers, 1e-5 if setup.dtype == "float32" else 2e-2)
-        seconds = workers.in_turn(all_workers, args.rounds)
-    print(report.table(seconds, setup.batch, "images"))
-    for kind in ("bare JAX", "PyTorch", "ours in"):
-        if any(key.startswith(kind) for key in seconds):
-            print(report.ratio(seconds, "ours", report.best(seconds, kind)))
+    tolerance = 1e-5 if setup.dtype == "float32" else 2e-2
+    return report.compared(f"{name} step", variants, args.rounds, work=setup.batch, unit="images", tolerance=tolerance)
 
 
-def our_blueprint(setup: Setup) -> Blueprint:
+def our_blueprint(setup: ImageSetup) -> Blueprint:
     model = {"name": setup.preset, **setup.overrides}
     settings = {"batch_size": setup.batch, "compute_dtype": setup.dtype}
     return package.build(model, {"source": "digits"}, settings, RATE)
@@ -112,7 +96,7 @@ def rough_state(blue: Blueprint) -> TrainState:
     return dataclasses.replace(state, params=jax.device_put(moved, blue.shardings.params))
 
 
-def batch(setup: Setup, blue: Blueprint) -> dict[str, np.ndarray]:
+def batch(setup: ImageSetup, blue: Blueprint) -> dict[str, np.ndarray]:
     """Random images of 256 levels, and labels where the model has classes."""
     spec, draw = blue.config.model.spec(), np.random.default_rng(0)
     shape = (setup.batch, spec.image_size, spec.image_size, spec.channels)
@@ -122,7 +106,7 @@ def batch(setup: Setup, blue: Blueprint) -> dict[str, np.ndarray]:
     return rows
 
 
-def bare_model(setup: Setup, blue: Blueprint) -> bare_images.Model:
+def bare_model(setup: ImageSetup, blue: Blueprint) -> bare_images.Model:
     """The same computation in bare JAX."""
     spec = blue.config.model.spec()
     if setup.preset.startswith("vae"):
@@ -137,12 +121,12 @@ def bare_model(setup: Setup, blue: Blueprint) -> bare_images.Model:
     return bare_images.diffusion(predict, setup.dtype, net.num_classes)
 
 
-def ours(setup: Setup) -> Built:
+def ours(setup: ImageSetup) -> Built:
     blue = our_blueprint(setup)
     return package.training_step(blue, rough_state(blue), batch(setup, blue))
 
 
-def bare_jax(setup: Setup) -> Built:
+def bare_jax(setup: ImageSetup) -> Built:
     blue = our_blueprint(setup)
     model, rows, params = bare_model(setup, blue), jax.device_put(batch(setup, blue)), rough_state(blue).params
     params = jax.tree.map(jnp.copy, jax.device_put(jax.device_get(params.get("network", params))))
@@ -159,14 +143,15 @@ def bare_jax(setup: Setup) -> Built:
     return Built(call, computed)
 
 
-def pytorch(setup: Setup, channels_last: bool) -> Built:
+def pytorch(setup: ImageSetup, channels_last: bool, compiled: bool) -> Built:
     import pytorch_images
 
     blue = our_blueprint(setup)
     state, rows = rough_state(blue), batch(setup, blue)
     drawn = jax.device_get(bare_model(setup, blue).draw(jax.device_put(rows)))
     module = pytorch_images.build(nnx.merge(blue.graphdef, state.params, state.buffers), jax.device_get(state.params))
-    step, loss = pytorch_images.make_step(module, rows, setup.dtype, RATE, package.ADAMW, channels_last=channels_last)
+    how = {"channels_last": channels_last, "compiled": compiled}
+    step, loss = pytorch_images.make_step(module, rows, setup.dtype, RATE, package.ADAMW, **how)
     return Built(step, {"loss": loss(drawn)})
 
 

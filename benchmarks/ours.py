@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from workers import Built
 
+import artifex
 from artifex.config import Config
 from artifex.scaling.plan import Plan
 from artifex.training import step as training
@@ -36,8 +37,13 @@ def training_step(blue: Blueprint, state: TrainState, rows: dict[str, Any]) -> B
     rows = jax.device_put(rows, blue.batch_sharding(rows))
     # before Blueprint.loss it was a function of the blueprint
     loss = blue.loss if hasattr(blue, "loss") else getattr(training, "make_loss")(blue)  # noqa: B009
-    computed = measured(lambda params: loss(params, state.buffers, rows, None)[0], state.params)
+    computed: dict[str, Any] = measured(lambda params: loss(params, state.buffers, rows, None)[0], state.params)
     step, state = training.make_step(blue), jax.tree.map(jnp.copy, state)
+    if jax.default_backend() == "gpu" and hasattr(artifex, "profile"):
+        with artifex.profile(step) as prof:
+            for _ in range(4):
+                state, _ = prof.step(state, rows)
+        computed["kinds"] = dict(prof.result.time_by("kind"))
 
     def call() -> jax.Array:
         nonlocal state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,11 @@ import jax
 import numpy as np
 import torch
 import transformers
+from flax import nnx
 
 from artifex.models.transformer.config import DecoderConfig
+from artifex.models.weights import save_pretrained
+from artifex.models.weights_config import chosen_layout
 
 
 def build(cfg: DecoderConfig, bare: Any) -> Any:
@@ -26,6 +30,25 @@ def build(cfg: DecoderConfig, bare: Any) -> Any:
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     model.tie_weights()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def shaped(cfg: DecoderConfig) -> Any:
+    """The class of `transformers` for this decoder with its configuration, on the default device."""
+    values = chosen_layout(cfg, "huggingface")[1]
+    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values))
+
+
+def load(cfg: DecoderConfig, params: Any) -> Any:
+    """The class of `transformers` for this decoder with these parameters, by way of a checkpoint in its layout."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    ours = cfg.build(nnx.Rngs(0))
+    nnx.update(ours, params)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(folder, ours, layout="huggingface")
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="sdpa", dtype="float32"
+        )
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -83,36 +106,54 @@ def _gpt2(cfg: DecoderConfig, bare: Any) -> tuple[Any, dict[str, np.ndarray]]:
 
 
 def make_step(
-    model: Any, tokens: np.ndarray, targets: np.ndarray, dtype: str, rate: float, adamw: dict[str, float]
-) -> Callable[[], float]:
-    """One training step as a call that returns the loss; compiled by `torch.compile` on a GPU."""
+    model: Any,
+    tokens: np.ndarray,
+    targets: np.ndarray,
+    dtype: str,
+    rate: float,
+    adamw: dict[str, float],
+    *,
+    compiled: bool,
+) -> tuple[Callable[[], float], Callable[[], float]]:
+    """One training step as a call that returns the loss, and the loss alone, never compiled."""
     device = next(model.parameters()).device
     tokens_BT, targets_BT = (torch.from_numpy(np.asarray(a, np.int64)).to(device) for a in (tokens, targets))
-    gpu = device.type == "cuda"
     betas, eps, decay = (adamw["b1"], adamw["b2"]), adamw["eps"], adamw["weight_decay"]
     optimizer = torch.optim.AdamW(model.parameters(), rate, betas, eps, decay, fused=True)
-    forward = torch.compile(model) if gpu else model
+    faster = torch.compile(model) if compiled else model
 
-    def step() -> float:
+    def loss(forward: Any) -> torch.Tensor:
         with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
             logits_BTV = forward(tokens_BT, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
+        return torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
+
+    def step() -> float:
+        value = loss(faster)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        value.backward()
         optimizer.step()
-        if gpu:
+        if device.type == "cuda":
             torch.cuda.synchronize()
-        return loss.item()
+        return value.item()
 
-    return step
+    def alone() -> float:
+        with torch.no_grad():
+            return loss(model).item()
+
+    return step, alone
 
 
-def make_generate(model: Any, prompt: np.ndarray, new_tokens: int, dtype: str) -> Callable[[], np.ndarray]:
-    """Greedy decoding as a call that returns the new tokens."""
+def make_generate(
+    model: Any, prompt: np.ndarray, new_tokens: int, dtype: str, *, compiled: bool
+) -> Callable[[], np.ndarray]:
+    """Greedy decoding as a call that returns the new tokens; compiled: with a cache of one size, as that needs."""
     device = next(model.parameters()).device
     model = model.eval().to(getattr(torch, dtype))
     prompt_BP = torch.from_numpy(np.asarray(prompt, np.int64)).to(device)
-    how = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "use_cache": True}
+    how: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+    if compiled:
+        model.forward = torch.compile(model.forward)
+        how["cache_implementation"] = "static"
     # neither token ends a text: both rivals decode to the last
     model.generation_config.eos_token_id, model.generation_config.bos_token_id = None, None
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from artifex.models.weights import save_pretrained
+from artifex.models.weights_config import chosen_layout
 
 Tree = Any
 F = torch.nn.functional
@@ -128,12 +129,25 @@ def build(ours: Any, params: Tree) -> torch.nn.Module:
     return module.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def shaped(network: Any) -> torch.nn.Module:
+    """The class of `diffusers` for the network of this configuration, on the default device."""
+    values = chosen_layout(network, "huggingface")[1]
+    return getattr(diffusers, values["_class_name"]).from_config(values)
+
+
 def make_step(
-    module: Any, batch: Mapping[str, Any], dtype: str, rate: float, adamw: dict[str, float], *, channels_last: bool
+    module: Any,
+    batch: Mapping[str, Any],
+    dtype: str,
+    rate: float,
+    adamw: dict[str, float],
+    *,
+    channels_last: bool,
+    compiled: bool,
 ) -> tuple[Callable[[], float], Callable[[Mapping[str, Any]], float]]:
-    """One training step as a call that returns the loss, and the loss for given random numbers, without a step."""
+    """One training step as a call that returns the loss, and the loss for given random numbers, without a step and
+    never compiled."""
     device, layout = next(module.parameters()).device, torch.channels_last if channels_last else torch.contiguous_format
-    gpu = device.type == "cuda"
     module = module.to(memory_format=layout)
 
     def tensor(value: Any) -> torch.Tensor:
@@ -145,15 +159,15 @@ def make_step(
     image, label = (None if name not in batch else tensor(batch[name]) for name in ("image", "label"))
     betas, eps, decay = (adamw["b1"], adamw["b2"]), adamw["eps"], adamw["weight_decay"]
     optimizer = torch.optim.AdamW(module.parameters(), rate, betas, eps, decay, fused=True)
-    forward = torch.compile(module) if gpu else module
+    faster = torch.compile(module) if compiled else module
 
-    def loss(drawn: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def loss(forward: Any, drawn: Mapping[str, torch.Tensor]) -> torch.Tensor:
         with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
             return forward(image, label, **drawn)
 
     def step() -> float:
         module.train()
-        value = loss(module.draw(image))
+        value = loss(faster, module.draw(image))
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         optimizer.step()
@@ -162,6 +176,6 @@ def make_step(
     def given(drawn: Mapping[str, Any]) -> float:
         module.eval()
         with torch.no_grad():
-            return loss({name: tensor(value) for name, value in drawn.items() if name != "label"}).item()
+            return loss(module, {name: tensor(value) for name, value in drawn.items() if name != "label"}).item()
 
     return step, given

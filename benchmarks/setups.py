@@ -8,12 +8,15 @@ import importlib.metadata
 import math
 import os
 import platform
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import report
 from flax import nnx
-from workers import Variant
+from workers import Built, Variant
 
 from artifex import models
 from artifex.models.transformer.config import DecoderConfig
@@ -38,6 +41,12 @@ class Setup:
     def decoder(self) -> DecoderConfig:
         return models.preset(self.preset, **self.overrides)
 
+    def with_experts(self) -> Setup:
+        """The same with 8 experts of half the width for each feed-forward layer, of which a token goes to 2."""
+        half = self.decoder.feed_forward // 2
+        experts = {"num_experts": 8, "expert_mlp_dim": half, "load_balance_weight": 0.0, "router_z_weight": 0.0}
+        return dataclasses.replace(self, overrides=self.overrides | experts)
+
     @property
     def flash(self) -> bool:
         """Whether cuDNN's attention can be used: half precision on a GPU."""
@@ -53,6 +62,16 @@ class Setup:
         if cfg.positions == "learned":
             weights -= cfg.sequence_length * cfg.embed_dim
         return 6 * weights + 12 * cfg.num_layers * cfg.num_heads * cfg.per_head * self.sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSetup:
+    """A preset of an image model with other sizes, the images of a step, and the dtype of compute."""
+
+    preset: str
+    overrides: dict[str, Any]
+    batch: int
+    dtype: str = "float32"
 
 
 SETUPS = {
@@ -93,14 +112,32 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     options.add_argument("--rounds", type=int, default=7, help="times that each variant is timed")
     options.add_argument("--batch", type=int, help="rows, instead of the setup's")
     options.add_argument("--dtype", choices=["float32", "bfloat16"], help="of compute, instead of the setup's")
-    options.add_argument("--no-torch", dest="torch", action="store_false", help="leave out transformers in PyTorch")
-    add_against(options)
+    add_rivals(options)
     return options
 
 
-def add_against(options: argparse.ArgumentParser) -> None:
-    """The option that `against` reads."""
+def add_rivals(options: argparse.ArgumentParser) -> None:
+    """The options that `in_torch`, `against` and `report.finish` read."""
+    options.add_argument("--no-torch", dest="torch", action="store_false", help="leave out PyTorch")
+    options.add_argument(
+        "--torch-python",
+        default=sys.executable,
+        metavar="PYTHON",
+        help="that of an environment with the extra `parity`; by default this one",
+    )
+    options.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile")
+    report.add_json(options)
     options.add_argument("--against", type=Path, metavar="PATH", help="also ours of another checkout of this project")
+
+
+def in_torch(
+    args: argparse.Namespace, build: Callable[..., Built], given: tuple[Any, ...], name: str = "PyTorch"
+) -> dict[str, Variant]:
+    """Eager and compiled by `torch.compile`, as far as asked for: `build(*given, compiled)`."""
+    if not args.torch:
+        return {}
+    eager = Variant(build, (*given, False), python=args.torch_python)
+    return {name: eager} | ({f"{name}, compiled": eager._replace(args=(*given, True))} if args.compile else {})
 
 
 def against(args: argparse.Namespace, ours: Variant) -> dict[str, Variant]:

@@ -5,7 +5,7 @@ Before anything is timed, all must compute the same loss, and ours and bare JAX 
 
 from __future__ import annotations
 
-import statistics
+import argparse
 from typing import Any
 
 import bare
@@ -15,7 +15,6 @@ import optax
 import ours as package
 import report
 import setups
-import workers
 from workers import Built, Variant
 
 from artifex.training.state import Blueprint
@@ -25,37 +24,49 @@ RATE = 1e-3
 
 def main() -> None:
     options = setups.parser(__doc__)
+    options.add_argument("models", nargs="*", help="any of decoder, moe; both without, on an accelerator decoder alone")
     options.add_argument("--peak", type=float, help="FLOP/s of the device, where it is not among the known ones")
+    options.add_argument(
+        "--keras-python", metavar="PYTHON", help="also KerasHub, by the Python of an environment with it"
+    )
     args = options.parse_args()
     setup = setups.chosen(args)
+    known = {"decoder": setup} if args.setup == "gpu" else {"decoder": setup, "moe": setup.with_experts()}
+    for name in args.models:
+        if name not in known:
+            options.error(f"{name!r} is unknown; choose any of {', '.join(known)}")
+    report.finish(args, (compare(name, known[name], args) for name in args.models or known))
 
-    variants = {
-        "ours": Variant(ours, (setup, "auto")),
-        "ours, scanned": Variant(ours, (setup, 1)),
-        "bare JAX": Variant(bare_jax, (setup, {})),
-        "bare JAX, joined": Variant(bare_jax, (setup, {"join": True})),
-        "bare JAX, scanned": Variant(bare_jax, (setup, {"scan": True})),
-    }
-    if setup.flash:
-        variants["bare JAX, cudnn"] = Variant(bare_jax, (setup, {"join": True}, "cudnn"))
-    if args.torch:
-        variants["PyTorch"] = Variant(pytorch, (setup,))
+
+def compare(name: str, setup: setups.Setup, args: argparse.Namespace) -> report.Record:
+    """Time all variants of one model."""
+    variants = {"ours": Variant(ours, (setup, "auto")), "ours, scanned": Variant(ours, (setup, 1))}
+    if not setup.decoder.num_experts:
+        layouts = {"": {}, ", joined": {"join": True}, ", scanned": {"scan": True}}
+        variants |= {f"bare JAX{key}": Variant(bare_jax, (setup, layout)) for key, layout in layouts.items()}
+        if setup.flash:
+            variants["bare JAX, cudnn"] = Variant(bare_jax, (setup, {"join": True}, "cudnn"))
+    variants |= setups.in_torch(args, pytorch, (setup,))
+    if args.keras_python and not setup.decoder.num_experts and setup.dtype == "float32":
+        variants["KerasHub"] = Variant(keras, (setup,), python=args.keras_python)
     variants |= setups.against(args, variants["ours"])
-    with workers.started(variants) as all_workers:
-        report.check_equal(all_workers, 1e-5 if setup.dtype == "float32" else 2e-2)
-        seconds = workers.in_turn(all_workers, args.rounds)
+    tolerance = 1e-5 if setup.dtype == "float32" else 2e-2
+    work = setup.batch * setup.sequence
+    how = {"work": work, "unit": "tokens", "tolerance": tolerance, "rivals": (*report.RIVALS, "KerasHub")}
+    made = report.compared(f"{name} step", variants, args.rounds, **how)
+    show_rates(made, setup, args.peak or setups.known_peak())
+    return made
 
-    tokens = setup.batch * setup.sequence
-    print(report.table(seconds, tokens, "tokens"))
-    others = [name for name in variants if name.startswith(("PyTorch", "ours in"))]
-    rivals = [report.best(seconds, "bare JAX"), *others]
-    for rival in rivals:
-        print(report.ratio(seconds, "ours", rival))
-    peak = args.peak or setups.known_peak()
-    for name in ("ours", *rivals):
-        rate = setup.flops_per_token() * tokens / statistics.median(seconds[name])
-        part = f", {100 * rate / peak:.1f} % of the device's {peak / 1e12:.0f} TFLOP/s" if peak else ""
-        print(f"{name}: {rate / 1e9:,.0f} GFLOP/s by the model's count{part}")
+
+def show_rates(record: report.Record, setup: setups.Setup, peak: float | None) -> None:
+    """Print FLOP/s of ours and of its rivals, and as a part of the peak where that is known."""
+    if setup.decoder.num_experts:
+        return  # the count is that of a dense model
+    for name in ("ours", *(pair["to"] for pair in record["ratios"])):
+        if "median" in record["variants"][name]:
+            rate = setup.flops_per_token() * record["work"] / record["variants"][name]["median"]
+            part = f", {100 * rate / peak:.1f} % of the device's {peak / 1e12:.0f} TFLOP/s" if peak else ""
+            print(f"{name}: {rate / 1e9:,.0f} GFLOP/s by the model's count{part}")
 
 
 def batch(setup: setups.Setup) -> tuple[np.ndarray, np.ndarray]:
@@ -97,12 +108,24 @@ def bare_jax(setup: setups.Setup, layout: dict[str, bool], attention: str | None
     return Built(call, computed)
 
 
-def pytorch(setup: setups.Setup) -> Built:
+def pytorch(setup: setups.Setup, compiled: bool) -> Built:
     import pytorch
 
-    model = pytorch.build(setup.decoder, bare.from_model(our_params(setup), join=True))
-    call = pytorch.make_step(model, *batch(setup), setup.dtype, RATE, package.ADAMW)
-    return Built(call, {"loss": call()})
+    params = our_params(setup)
+    if setup.decoder.num_experts:
+        model = pytorch.load(setup.decoder, params)
+    else:
+        model = pytorch.build(setup.decoder, bare.from_model(params, join=True))
+    step, loss = pytorch.make_step(model, *batch(setup), setup.dtype, RATE, package.ADAMW, compiled=compiled)
+    return Built(step, {"loss": loss()})
+
+
+def keras(setup: setups.Setup) -> Built:
+    import keras_hub_peer
+
+    given = (setup.decoder, our_params(setup), *batch(setup), RATE, package.ADAMW)
+    step, loss = keras_hub_peer.make_step(*given)
+    return Built(step, {"loss": loss()})
 
 
 if __name__ == "__main__":

@@ -74,12 +74,20 @@ def run(script: str, *options: str) -> str:
 @pytest.mark.slow
 def test_the_training_step_computes_what_bare_jax_and_another_checkout_compute():
     other = f"ours in {BENCHMARKS.parent}"
-    printed = run("train_step.py", "--against", str(BENCHMARKS.parent))
+    printed = run("train_step.py", "decoder", "--against", str(BENCHMARKS.parent))
     computed = dict(re.findall(r"^(.+): loss (\S+), norm of its gradient", printed, re.MULTILINE))
     assert {"ours", "ours, scanned", "bare JAX", "bare JAX, joined", "bare JAX, scanned", other} == computed.keys()
     assert "ours / bare JAX" in printed and f"ours / {other} = " in printed
     for name, loss in computed.items():
         assert float(loss) == pytest.approx(float(computed["ours"]), rel=1e-5), name
+
+
+@pytest.mark.slow
+def test_a_mixture_of_experts_computes_the_same_scanned():
+    printed = run("train_step.py", "moe")
+    computed = dict(re.findall(r"^(.+): loss (\S+), norm of its gradient", printed, re.MULTILINE))
+    assert {"ours", "ours, scanned"} == computed.keys()
+    assert float(computed["ours, scanned"]) == pytest.approx(float(computed["ours"]), rel=1e-5)
 
 
 @pytest.mark.slow
