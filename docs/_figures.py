@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from PIL import Image
 
 from artifex import visualize
 from artifex.data.image_batches import all_images
@@ -206,7 +207,11 @@ def page_of_pictures() -> None:
             for name, plot in plots.items():
                 setattr(visualize, name, plot)
     for name, figure in drawn.items():
-        figure.savefig(IMAGES / f"visualize_{name}.png", dpi=85, bbox_inches="tight")
+        file = IMAGES / f"visualize_{name}.png"
+        figure.savefig(file, dpi=85, bbox_inches="tight")
+        with Image.open(file) as image:  # 64 colours: hatches are many bytes otherwise
+            few = image.convert("RGB").quantize(64)
+        few.save(file, optimize=True)
 
 
 def autoencoders(runs: Path) -> None:

@@ -173,8 +173,8 @@ def plot_samples(folders: Folder | Sequence[Folder], path: Folder | None = None,
     named = _named(folders)
     columns = {name: _spread(_samples(run), rows) for name, run in named.items()}
     height = max(map(len, columns.values()))
-    pictures = any(file.suffix == ".png" for samples in columns.values() for _, file in samples)
-    figure = picture(max(5.0, 3.6 * len(columns)), (2.3 if pictures else 1.75) * height + 0.4)
+    tallest = max(_height(file) for samples in columns.values() for _, file in samples)
+    figure = picture(max(5.0, 3.6 * len(columns)), (tallest + 0.35) * height + 0.3)
     grid = figure.subplots(height, len(columns), squeeze=False)
     for column, (name, samples) in enumerate(columns.items()):
         for row in range(height):
@@ -206,6 +206,14 @@ def _spread(samples: Sequence[Any], rows: int) -> list[Any]:
     if len(samples) <= rows:
         return list(samples)
     return [samples[round(number * (len(samples) - 1) / (rows - 1))] for number in range(rows)]
+
+
+def _height(file: Path) -> float:
+    """Inches of a sample that is 3.6 inches wide, or of twelve lines of text."""
+    if file.suffix != ".png":
+        return 1.4
+    high, wide = matplotlib.image.imread(file).shape[:2]
+    return min(3.6 * high / wide, 5.0)
 
 
 def _draw_sample(axes: Axes, file: Path) -> None:
