@@ -40,24 +40,21 @@ PEERS = {
     "ours": Peer(("-e", f"{ROOT}[images]"), "artifex"),
     # with ours beside it: a worker takes the parameters from the same model
     "pytorch": Peer(("-e", f"{ROOT}[parity]", "torch==2.13.0"), "diffusers"),
-    "keras-hub": Peer(("-e", str(ROOT), "keras-hub"), "keras_hub"),
 }
-VERSIONS = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "diffusers", "keras", "keras-hub")
+VERSIONS = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "diffusers")
 
 
 class Benchmark(NamedTuple):
-    """A script with its options; `quick`: those that make it tiny; `peers`, `keras`: whether PyTorch and KerasHub
-    run beside it."""
+    """A script with its options; `quick`: those that make it tiny; `peers`: whether PyTorch runs beside it."""
 
     command: tuple[str, ...]
     quick: tuple[str, ...] = ("--small",)
     peers: bool = True
-    keras: bool = False
     rounds: bool = True
 
 
 BENCHMARKS = {
-    "decoder": Benchmark(("train_step.py", "decoder"), keras=True),
+    "decoder": Benchmark(("train_step.py", "decoder")),
     "moe": Benchmark(("train_step.py", "moe")),
     "dit": Benchmark(("image_step.py", "dit")),
     "unet": Benchmark(("image_step.py", "unet")),
@@ -191,9 +188,6 @@ def run(benchmark: Benchmark, environments: dict[str, Any], args: argparse.Names
     torch = environments.get("pytorch", {"failed": "not asked for"})
     if benchmark.peers:
         command += ["--no-torch"] if "failed" in torch else ["--torch-python", torch["python"]]
-    keras = environments.get("keras-hub", {})
-    if benchmark.keras and "python" in keras:
-        command += ["--keras-python", keras["python"]]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "records.json"
         process = subprocess.Popen([*command, "--json", str(path)], env=os.environ | {"PYTHONPATH": str(ROOT)})
@@ -205,8 +199,6 @@ def run(benchmark: Benchmark, environments: dict[str, Any], args: argparse.Names
     for record in records:
         if benchmark.peers and "failed" in torch:
             record["variants"]["PyTorch"] = {"failed": torch["failed"]}
-        if benchmark.keras and "failed" in keras:
-            record["variants"]["KerasHub"] = {"failed": keras["failed"]}
     return records
 
 

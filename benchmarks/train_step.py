@@ -26,9 +26,6 @@ def main() -> None:
     options = setups.parser(__doc__)
     options.add_argument("models", nargs="*", help="any of decoder, moe; both without, on an accelerator decoder alone")
     options.add_argument("--peak", type=float, help="FLOP/s of the device, where it is not among the known ones")
-    options.add_argument(
-        "--keras-python", metavar="PYTHON", help="also KerasHub, by the Python of an environment with it"
-    )
     args = options.parse_args()
     setup = setups.chosen(args)
     known = {"decoder": setup} if args.setup == "gpu" else {"decoder": setup, "moe": setup.with_experts()}
@@ -47,12 +44,10 @@ def compare(name: str, setup: setups.Setup, args: argparse.Namespace) -> report.
         if setup.flash:
             variants["bare JAX, cudnn"] = Variant(bare_jax, (setup, {"join": True}, "cudnn"))
     variants |= setups.in_torch(args, pytorch, (setup,))
-    if args.keras_python and not setup.decoder.num_experts and setup.dtype == "float32":
-        variants["KerasHub"] = Variant(keras, (setup,), python=args.keras_python)
     variants |= setups.against(args, variants["ours"])
     tolerance = 1e-5 if setup.dtype == "float32" else 2e-2
     work = setup.batch * setup.sequence
-    how = {"work": work, "unit": "tokens", "tolerance": tolerance, "rivals": (*report.RIVALS, "KerasHub")}
+    how = {"work": work, "unit": "tokens", "tolerance": tolerance}
     made = report.compared(f"{name} step", variants, args.rounds, **how)
     show_rates(made, setup, args.peak or setups.known_peak())
     return made
@@ -117,14 +112,6 @@ def pytorch(setup: setups.Setup, compiled: bool) -> Built:
     else:
         model = pytorch.build(setup.decoder, bare.from_model(params, join=True))
     step, loss = pytorch.make_step(model, *batch(setup), setup.dtype, RATE, package.ADAMW, compiled=compiled)
-    return Built(step, {"loss": loss()})
-
-
-def keras(setup: setups.Setup) -> Built:
-    import keras_hub_peer
-
-    given = (setup.decoder, our_params(setup), *batch(setup), RATE, package.ADAMW)
-    step, loss = keras_hub_peer.make_step(*given)
     return Built(step, {"loss": loss()})
 
 
