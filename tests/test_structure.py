@@ -64,6 +64,10 @@ def directions() -> dict[str, tuple[set[str], set[str]]]:
             those_in("artifex.scaling"),
             those_in("artifex.scaling") | {"artifex", "artifex.config", *sections},
         ),
+        "profiles and pictures stand on top": (
+            everything - those_in("artifex.profiling") - those_in("artifex.visualize") - programs - {"artifex"},
+            everything - those_in("artifex.profiling") - those_in("artifex.visualize"),
+        ),
         "tuning stands on top": (
             everything - those_in("artifex.tuning") - programs - {"artifex"},
             everything - those_in("artifex.tuning"),
