@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["auto_tune", "profile", "restore", "visualize"]
 
-_LATE = {
-    "auto_tune": "artifex.tuning.tuner",
-    "profile": "artifex.profiling",
-    "restore": "artifex.training.restore",
-    "visualize": "artifex.visualize",
-}
-
 
 def __getattr__(name: str) -> Any:
     """What needs JAX or matplotlib is imported when it is first asked for."""
-    if name not in _LATE:
+    if name == "auto_tune":
+        from artifex.tuning.tuner import auto_tune as found
+    elif name == "profile":
+        from artifex.profiling import profile as found
+    elif name == "restore":
+        from artifex.training.restore import restore as found
+    elif name == "visualize":  # `from artifex import visualize` would ask here again
+        found = importlib.import_module("artifex.visualize")
+    else:
         raise AttributeError(f"module 'artifex' has no attribute {name!r}")
-    module = importlib.import_module(_LATE[name])
-    return module if name == "visualize" else getattr(module, name)
+    return found

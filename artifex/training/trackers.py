@@ -35,8 +35,10 @@ class Tracker(Protocol):
 def check_installed(names: Sequence[str]) -> None:
     """Raise `ImportError`, one line, for a tracker whose package is not there."""
     for name in names:
-        package = {"tensorboard": "tensorboardX", "wandb": "wandb"}[name]
-        there = importlib.util.find_spec("tensorboardX" if name == "tensorboard" else "wandb")
+        if name == "tensorboard":
+            package, there = "tensorboardX", importlib.util.find_spec("tensorboardX")
+        else:
+            package, there = "wandb", importlib.util.find_spec("wandb")
         if there is None:
             raise ImportError(f"logging.track {name!r} needs {package}: pip install 'artifex[{name}]', or leave it out")
 

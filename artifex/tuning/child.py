@@ -259,7 +259,7 @@ def batches(run: Config, folder: str | Path) -> tuple[list[dict[str, np.ndarray]
     about = json.dumps([run.to_dict()[part] for part in ("model", "data")] + [run.training.batch_size], default=str)
     file = Path(folder) / "batches" / f"{hashlib.sha256(about.encode()).hexdigest()[:16]}.npz"
     if file.exists():
-        with np.load(file) as kept:
+        with np.load(file, allow_pickle=False) as kept:
             names = sorted({name.partition("/")[2] for name in kept.files})
             return [{name: kept[f"{number}/{name}"] for name in names} for number in range(BATCHES)], "its own"
     if run.data.cache_latents:
