@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from jax._src import cache_key
 from jax._src import config as settings
+from tiny_run import tiny, written
 
 from artifex import train
 from artifex.cli import parse_train
-from artifex.config import Config
 from artifex.training import compile_cache
 from artifex.training.compile_cache import CompileCache
 from artifex.training.memory import compile_step
@@ -25,24 +25,9 @@ from artifex.training.task import batch_shapes
 X = np.arange(24, dtype=np.float32).reshape(4, 6)
 
 
-def config(source, **sections) -> Config:
-    base = {
-        "model": {"name": "llama-nano", "embed_dim": 16, "num_layers": 1, "num_heads": 2, "head_dim": 8, "mlp_dim": 16},
-        "data": {"source": str(source), "sequence_length": 32},
-        "training": {"steps": 4, "batch_size": 8, "validate_every": 2, "validation_batches": 1, "sample_tokens": 4},
-        "optimizer": {"name": "adamw", "warmup_steps": 1},
-        "checkpoint": {"every": 2},
-        "logging": {"every": 1, "progress": False},
-    }
-    return Config.from_dict({key: base.get(key, {}) | sections.get(key, {}) for key in {**base, **sections}})
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source")
-    for index in range(4):
-        (folder / f"{index}.txt").write_text("It was a quiet day in the harbour, and the boats lay still.\n" * 40)
-    return folder
+    return written(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +77,7 @@ def test_a_start_that_compiles_nothing_makes_the_same_numbers(source, tmp_path, 
         jax.clear_caches()
         events.clear()
         short = {"compile_cache": where, "steps": 2, "validate_every": 1, "sample_tokens": 0}
-        runs[name] = train.train(config(source, training=short, checkpoint={"every": 0}), tmp_path / name)
+        runs[name] = train.train(tiny(source, training=short, checkpoint={"every": 0}), tmp_path / name)
         hits = events.count("cache_hits")
         assert (hits > 0) == (name == "second") or name == "first", name
         if name == "second":
@@ -104,7 +89,7 @@ def test_a_start_that_compiles_nothing_makes_the_same_numbers(source, tmp_path, 
 
 
 def test_a_program_that_was_found_says_of_itself_what_the_compiled_one_says(source, tmp_path):
-    how = config(source, device={"fsdp": 4, "data": 2})
+    how = tiny(source, device={"fsdp": 4, "data": 2})
     plan = planned(how, 8)
     steps = []
     for _ in range(2):
@@ -131,7 +116,7 @@ def test_what_the_compiler_warned_of_is_told_again_where_the_program_is_found(tm
 
 def test_another_plan_misses(source, tmp_path):
     for devices in ({"data": 8}, {"fsdp": 8}):
-        how = config(source, device=devices)
+        how = tiny(source, device=devices)
         plan = planned(how, 8)
         jax.clear_caches()
         with CompileCache(tmp_path, print) as cache:
@@ -210,7 +195,7 @@ def test_only_a_run_that_takes_a_step_writes(source, tmp_path):
     compiled(folder, begin=False)
     assert not folder.exists()
     with pytest.raises(ValueError, match="best_metric"):  # the state is made by then
-        train.train(config(source, checkpoint={"keep_best": 1, "best_metric": "none"}), tmp_path / "run")
+        train.train(tiny(source, checkpoint={"keep_best": 1, "best_metric": "none"}), tmp_path / "run")
     assert not (tmp_path / "run").exists() and not folder.exists()
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_run import tiny, written
 
 from artifex import train
-from artifex.config import Config
 from artifex.training.goodput import PARTS, Goodput
 from artifex.training.metrics_file import MetricsFile
 
@@ -31,24 +31,9 @@ class Clock:
         self.now += seconds
 
 
-def config(source, **sections) -> Config:
-    base = {
-        "model": {"name": "llama-nano", "embed_dim": 16, "num_layers": 1, "num_heads": 2, "head_dim": 8, "mlp_dim": 16},
-        "data": {"source": str(source), "sequence_length": 32},
-        "training": {"steps": 4, "batch_size": 8, "validate_every": 2, "validation_batches": 1, "sample_tokens": 4},
-        "optimizer": {"name": "adamw", "warmup_steps": 1},
-        "checkpoint": {"every": 2},
-        "logging": {"every": 1, "progress": False},
-    }
-    return Config.from_dict({key: base.get(key, {}) | sections.get(key, {}) for key in {**base, **sections}})
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source")
-    for index in range(4):
-        (folder / f"{index}.txt").write_text("It was a quiet day in the harbour, and the boats lay still.\n" * 40)
-    return folder
+    return written(tmp_path_factory.mktemp("source"))
 
 
 def parts(line: dict) -> dict[str, float]:
@@ -135,7 +120,7 @@ def test_lines_that_are_none_of_ours_are_passed_over():
 def test_a_run_that_is_killed_and_goes_on_tells_what_was_lost(source, tmp_path):
     """The process is killed after step 5, of which step 3 is saved; each step waits, so that times are known."""
     wait, run = 0.05, tmp_path / "run"
-    how = config(source, training={"steps": 6, "validate_every": 0}, checkpoint={"every": 3})
+    how = tiny(source, training={"steps": 6, "validate_every": 0}, checkpoint={"every": 3})
     how.save(tmp_path / "config.json")
     program = f"""
 import os, signal, sys, time
@@ -176,7 +161,7 @@ train.main(sys.argv[1:])
 
 def test_training_counts_what_its_process_does(source, tmp_path, capsys):
     before = time.monotonic()
-    run = train.train(config(source), tmp_path / "run")
+    run = train.train(tiny(source), tmp_path / "run")
     spent = time.monotonic() - before
     last = split(run)[-1]
     assert 0.8 * spent < last["wall_seconds"] < spent

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny_run import PROSE, tiny, written
 
 from artifex import sample, train
 from artifex.config import Config
@@ -17,29 +18,18 @@ from artifex.models.weights import from_pretrained
 from artifex.scaling.checkpoints import CheckpointError
 from artifex.training import signals
 
-PROSE = "It was a quiet day in the harbour, and the boats lay still.\n"
 ROOT = Path(__file__).parents[1]
 PLAIN = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def config(source, **sections) -> Config:
-    base = {
-        "model": {"name": "llama-nano", "embed_dim": 16, "num_layers": 1, "num_heads": 2, "head_dim": 8, "mlp_dim": 16},
-        "data": {"source": str(source), "sequence_length": 32},
-        "training": {"steps": 4, "batch_size": 8, "validate_every": 2, "validation_batches": 1, "sample_tokens": 4},
-        "optimizer": {"name": "adamw", "warmup_steps": 1},
-        "checkpoint": {"every": 2},
-        "logging": {"every": 2, "progress": False},
-    }
-    return Config.from_dict({key: base.get(key, {}) | sections.get(key, {}) for key in {**base, **sections}})
+    sections["logging"] = {"every": 2} | sections.get("logging", {})
+    return tiny(source, **sections)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source")
-    for index in range(4):
-        (folder / f"{index}.txt").write_text(PROSE * 40)
-    return folder
+    return written(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny_run import tiny, written
 
 from artifex import train
 from artifex.config import Config
@@ -24,23 +25,14 @@ class Clock:
 
 
 def config(source, **sections) -> Config:
-    base = {
-        "model": {"name": "llama-nano", "embed_dim": 16, "num_layers": 1, "num_heads": 2, "head_dim": 8, "mlp_dim": 16},
-        "data": {"source": str(source), "sequence_length": 32},
-        "training": {"steps": 6, "batch_size": 8, "validate_every": 2, "validation_batches": 1, "sample_tokens": 4},
-        "optimizer": {"name": "adamw", "warmup_steps": 1},
-        "checkpoint": {"every": 4},
-        "logging": {"every": 1, "progress": False},
-    }
-    return Config.from_dict({key: base.get(key, {}) | sections.get(key, {}) for key in {**base, **sections}})
+    sections["training"] = {"steps": 6} | sections.get("training", {})
+    sections["checkpoint"] = {"every": 4} | sections.get("checkpoint", {})
+    return tiny(source, **sections)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source")
-    (folder / "a.txt").write_text("It was a quiet day in the harbour, and the boats lay still.\n" * 100)
-    (folder / "b.txt").write_text("It was a quiet day in the harbour, and the boats lay still.\n" * 60)
-    return folder
+    return written(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture
