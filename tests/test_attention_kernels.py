@@ -216,7 +216,7 @@ def test_blocks_run_on_one_devices_part():
     parts = jax.shard_map(attention, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
     split = jax.jit(jax.grad(lambda given: jnp.sum(jnp.sin(parts(*given)))))(arrays())
     whole = jax.jit(jax.grad(lambda given: jnp.sum(jnp.sin(attention(*given)))))(arrays())
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), split, whole)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), split, whole)
 
 
 ROOT = pathlib.Path(__file__).parent.parent
