@@ -117,6 +117,7 @@ def prepare(run: Run) -> CompiledStep | None:
     busy, compiling = run.report.busy("compiling the step"), run.goodput.during("compile")
     with run.programs, busy, compiling, recording() as attention:
         run_step = fitting_step(run.blue, shapes, device_bytes())
+        run.made()  # so that what was compiled is kept, and what does not fit is said here
         processes.all_say(None)  # gloo waits 30 s for a process that still compiles
     for line in [*([f"attention: {', '.join(sorted(attention))}"] if attention else []), *notes(run_step)]:
         run.report.line(line)
@@ -200,10 +201,11 @@ def summary(run: Run) -> str:
     """One line on what is trained, on what, and where."""
     import jax
 
+    shapes = run.blue.state
     count, untrained = (
-        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(part)) for part in (run.state.params, run.state.buffers)
+        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(part)) for part in (shapes.params, shapes.buffers)
     )
-    frozen = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.blue.split(run.state.params)[1]))
+    frozen = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.blue.split(shapes.params)[1]))
     size = f"{count:,} parameters" + (f", {frozen:,} of them frozen," if frozen else "")
     size += f" and {untrained:,} numbers that no gradient reaches" if untrained else ""
     devices = jax.devices()

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src import cache_key
+from jax._src import compilation_cache as of_jax
 from jax._src import config as settings
 from tiny_run import tiny, written
 
@@ -19,7 +22,7 @@ from artifex.training import compile_cache
 from artifex.training.compile_cache import CompileCache
 from artifex.training.memory import compile_step
 from artifex.training.run_folder import RunFolder
-from artifex.training.state import blueprint, planned
+from artifex.training.state import Blueprint, blueprint, planned
 from artifex.training.task import batch_shapes
 
 X = np.arange(24, dtype=np.float32).reshape(4, 6)
@@ -86,6 +89,45 @@ def test_a_start_that_compiles_nothing_makes_the_same_numbers(source, tmp_path, 
     weights = {name: (run / "weights/model.safetensors").read_bytes() for name, run in runs.items()}
     assert weights["off"] == weights["first"] == weights["second"]
     assert not (tmp_path / "off/cache/programs").exists() and not (tmp_path / "second/cache/programs").exists()
+
+
+def test_a_thread_keeps_its_program_when_who_started_it_is_out_of_the_block(tmp_path):
+    cache, inside, outside = CompileCache(tmp_path, print), threading.Event(), threading.Event()
+    before = of_jax._cache
+
+    def compiles():
+        with cache:
+            inside.set()
+            assert outside.wait(60)
+            jax.jit(lambda x: x * 3.5).lower(1.0).compile()
+
+    with ThreadPoolExecutor(1) as pool:
+        with cache:
+            compiled = pool.submit(compiles)
+            assert inside.wait(60)
+        assert of_jax._cache is cache
+        outside.set()
+        compiled.result()
+    assert of_jax._cache is before
+    cache.begin()
+    assert len(list(tmp_path.glob("*.program"))) == 1
+
+
+def test_a_state_that_does_not_fit_is_said_before_the_first_step_and_leaves_nothing(source, tmp_path, monkeypatch):
+    class TooLarge:
+        def lower(self):
+            return self
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.")
+
+    monkeypatch.setattr(Blueprint, "initializer", lambda self: TooLarge())
+    run = train.open_run(tiny(source), tmp_path / "run")
+    with pytest.raises(
+        MemoryError, match=r"^out of memory while the state was made \(Out of memory allocating 7 bytes"
+    ):
+        train.prepare(run)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_program_that_was_found_says_of_itself_what_the_compiled_one_says(source, tmp_path):

@@ -393,10 +393,8 @@ def test_latents_that_two_processes_cached_are_those_of_one(layout, tmp_path):
         ended = them.ended(300)
     assert [code for code, _, _ in ended] == [0, 0], ended
     one = in_one(tmp_path, tmp_path / "one", layout)
-    assert sorted(file.name for file in (one / "cache").iterdir()) == sorted(
-        file.name for file in (tmp_path / "both" / "cache").iterdir()
-    )
-    for file in (one / "cache").iterdir():
-        theirs = np.load(tmp_path / "both" / "cache" / file.name)
-        np.testing.assert_allclose(theirs, np.load(file), rtol=1e-5, atol=1e-6)
+    ours, theirs = ({file.name: file for file in (run / "cache").glob("*.npy")} for run in (one, tmp_path / "both"))
+    assert ours.keys() == theirs.keys() and ours
+    for name, file in ours.items():
+        np.testing.assert_allclose(np.load(theirs[name]), np.load(file), rtol=1e-5, atol=1e-6)
     close(losses(tmp_path / "both"), losses(one), within=1e-5)

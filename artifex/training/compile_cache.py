@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -34,9 +35,16 @@ SIGNED = 32  # bytes
 SECRET = "compiled-programs.key"
 
 
+class _Asked(threading.local):
+    """Of the program that a thread asked for last its key, and whether it was there."""
+
+    key, hit = "", False
+
+
 class CompileCache(CacheInterface):
     """The programs in `folder`, found and kept while the block runs: `with cache: jax.jit(f).lower(x).compile()`.
 
+    Several threads may be within, and a block may lie in another.
     What is compiled waits in memory until `begin`, so that a start which fails, a replay or a look at a run writes
     nothing. With `folder` None, and where a folder of JAX's own is set (`JAX_COMPILATION_CACHE_DIR`), it does nothing.
     Whatever is wrong with the folder is said once, by `say`, and the run goes on and compiles.
@@ -48,24 +56,31 @@ class CompileCache(CacheInterface):
         self.say, self.limit = say, limit
         self.found, self.missed, self.begun = 0, 0, False
         self._waiting: dict[str, bytes] = {}
-        self._last, self._hit = "", False
-        self._before: list[tuple[Any, float]] = []
+        self._asked = _Asked()
+        self._within, self._entering = 0, threading.Lock()
+        self._before: tuple[Any, float] = (None, 0.0)
         self._warned = False
 
     def __enter__(self) -> CompileCache:
-        self._before.append((of_jax._cache, settings.persistent_cache_min_compile_time_secs.value))
-        if self.on:
-            of_jax._cache = self
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        with self._entering:
+            if self.on and not self._within:
+                self._before = of_jax._cache, settings.persistent_cache_min_compile_time_secs.value
+                of_jax._cache = self
+                jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+            self._within += 1
         return self
 
     def __exit__(self, *_: object) -> None:
-        of_jax._cache, least = self._before.pop()
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+        with self._entering:
+            self._within -= 1
+            if self.on and not self._within:
+                of_jax._cache, least = self._before
+                jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
 
     def get(self, key: str) -> bytes | None:
         """The program of that key; None where there is none, or none that this user has written whole."""
-        self._last, self._hit = key, False
+        asked = self._asked
+        asked.key, asked.hit = key, False
         file = self._file(key)
         try:
             content = file.read_bytes()
@@ -75,9 +90,9 @@ class CompileCache(CacheInterface):
             content = None
             self._warn(f"{file} cannot be read: {error}")
         value = None if content is None else self._checked(file, content)
-        self._hit = value is not None
-        self.found, self.missed = self.found + self._hit, self.missed + (not self._hit)
-        if self._hit:
+        asked.hit = value is not None
+        self.found, self.missed = self.found + asked.hit, self.missed + (not asked.hit)
+        if asked.hit:
             with contextlib.suppress(OSError):  # the one that was used last goes last
                 os.utime(file)
         return value
@@ -96,12 +111,12 @@ class CompileCache(CacheInterface):
         self._write()
 
     def said(self, words: Iterable[str]) -> tuple[str, ...]:
-        """What the compiler said of the program it was last asked for: now, or when that was compiled."""
+        """What the compiler said of the program this thread asked for last: now, or when that was compiled."""
         words = tuple(words)
-        if not self._last:
+        if not self._asked.key:
             return words
-        name = self._file(self._last).with_suffix(NOTES).name
-        if not self._hit:
+        name = self._file(self._asked.key).with_suffix(NOTES).name
+        if not self._asked.hit:
             if words:
                 self._waiting[name] = json.dumps(words).encode()
             return words

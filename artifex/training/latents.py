@@ -20,8 +20,9 @@ from artifex.data.image_batches import to_float
 from artifex.data.images import ImageCorpus
 from artifex.scaling.execution import compiled
 from artifex.training.frozen import differing
+from artifex.training.making import Made
 from artifex.training.start import open_source
-from artifex.training.state import Blueprint, TrainState, blueprint
+from artifex.training.state import Blueprint, blueprint
 from artifex.training.task import Corpus
 
 FIELDS = ("latent_shift", "latent_scale")
@@ -55,17 +56,17 @@ def as_known(config: Config, saved: Config | None) -> Config:
     return _with(config, {name: value for name in unknown if (value := getattr(known, name)) is not None})
 
 
-def settle(blue: Blueprint, state: TrainState, corpus: Corpus) -> tuple[Blueprint, list[str]]:
+def settle(blue: Blueprint, made: Made, corpus: Corpus) -> tuple[Blueprint, list[str]]:
     """The blueprint with a shift and scale that fit the training images, and lines on them: see `fitted`.
 
-    By the autoencoder in `state`, wherever that came from. Without one, nothing.
+    By the autoencoder in the state, wherever that came from. Without one, nothing.
     """
     cfg = getattr(blue.config.model.spec(), "autoencoder", None)
     if cfg is None:
         return blue, []
     assert isinstance(corpus, ImageCorpus), "an autoencoder is of images"
     stated = None not in (cfg.latent_shift, cfg.latent_scale)
-    found = blue.run(state, lambda model: moments(model.autoencoder, corpus, CHECKED if stated else MEASURED))
+    found = blue.run(made(), lambda model: moments(model.autoencoder, corpus, CHECKED if stated else MEASURED))
     config, lines = fitted(blue.config, found)
     return blue if stated else blueprint(config, blue.plan, blue.mesh), lines
 

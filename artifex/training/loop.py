@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from artifex.scaling.checkpoints import Checkpoints
     from artifex.training.compile_cache import CompileCache
     from artifex.training.goodput import Goodput
+    from artifex.training.making import Made
     from artifex.training.meter import Meter
     from artifex.training.progress import Report
     from artifex.training.run_folder import RunFolder
@@ -36,7 +37,7 @@ class Run:
     task: Task
     folder: RunFolder
     checkpoints: Checkpoints
-    state: TrainState
+    made: Made
     start: int  # steps done
     notes: list[str]  # what the user should know about how it was opened
     report: Report
@@ -48,6 +49,11 @@ class Run:
     def config(self) -> Config:
         """The resolved configuration."""
         return self.blue.config
+
+    @property
+    def state(self) -> TrainState:
+        """What it begins with. Raises `MemoryError` where that does not fit: a fresh one may still be in the making."""
+        return self.made()
 
 
 def fit(run: Run, run_step: Callable[[TrainState, Any], Any], meter: Meter) -> TrainState:

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from artifex.scaling.plan import Plan
     from artifex.training.compile_cache import CompileCache
     from artifex.training.loop import Run
+    from artifex.training.making import Made
     from artifex.training.run_folder import RunFolder
     from artifex.training.run_lock import RunLock
-    from artifex.training.state import Blueprint, TrainState
+    from artifex.training.state import Blueprint
     from artifex.training.task import Task
 
 
@@ -112,10 +113,10 @@ def _opened(
     checkpoints = Checkpoints(folder.checkpoints, keep=Retention.of(config.checkpoint.model_dump()))
     processes.what_stays[:] = [checkpoints.what_stays]
     with explained("out of memory while the state was made or restored"):
-        state, start, task, notes = begin(blue, checkpoints, task, start_anew, replay)
+        made, start, task, notes = begin(blue, checkpoints, task, programs, start_anew, replay)
     # how latents are scaled is part of what is trained: measured once, and kept with the configuration
     known = processes.first_says(saved is not None)
-    blue, latents = (blue, []) if known else settle(blue, state, task.corpus)
+    blue, latents = (blue, []) if known else settle(blue, made, task.corpus)
     notes = [*lines, *task.corpus.changes, *changes, *latents, *notes]
     report = Report(start, config.training.steps, bar=config.logging.progress, quiet=not processes.is_first())
     folder.say = programs.say = report.line
@@ -123,11 +124,11 @@ def _opened(
         from artifex.training.latent_cache import with_latents
 
         with report.busy("encoding every image"):
-            task = with_latents(task, blue, state, folder)
+            task = with_latents(task, blue, made(), folder)
     goodput = Goodput(start, began=began)
     if not start_anew:
         goodput.go_on(folder.read_metrics())
-    return Run(blue, task, folder, checkpoints, state, start, notes, report, lock, programs, goodput)
+    return Run(blue, task, folder, checkpoints, made, start, notes, report, lock, programs, goodput)
 
 
 def plan_of(config: Config, device_count: int) -> Plan:
@@ -140,18 +141,30 @@ def plan_of(config: Config, device_count: int) -> Plan:
 
 
 def begin(
-    blue: Blueprint, checkpoints: Checkpoints, task: Task, start_anew: bool, replay: int | None = None
-) -> tuple[TrainState, int, Task, list[str]]:
+    blue: Blueprint,
+    checkpoints: Checkpoints,
+    task: Task,
+    programs: CompileCache,
+    start_anew: bool,
+    replay: int | None,
+) -> tuple[Made, int, Task, list[str]]:
     """The state to start from, the step it stands at, `task` where it stands then, and what to tell the user about it:
     that of the newest step, or of the newest before `replay`."""
     from artifex.training.lost_steps import check_nothing_lost
+    from artifex.training.making import is_random, making
     from artifex.training.position import at_its_place
     from artifex.training.start import start_state
 
+    def fresh() -> tuple[Made, list[str]]:
+        if is_random(blue):
+            return making(blue, programs), []
+        state, lines = start_state(blue)
+        return lambda: state, lines
+
     start_from = blue.config.training.start_from
     if start_anew:
-        state, lines = start_state(blue)
-        return state, 0, task, ["starts anew, as asked: checkpoints that are there are renamed", *lines]
+        made, lines = fresh()
+        return made, 0, task, ["starts anew, as asked: checkpoints that are there are renamed", *lines]
     if replay is None:
         step, skipped = checkpoints.newest_restorable()
     else:
@@ -159,8 +172,9 @@ def begin(
     if step is None:
         if replay is None:  # before the first step that was saved there is none to go on from
             check_nothing_lost(checkpoints.folder.parent, skipped)
-        state, lines = start_state(blue)
-        return state, 0, task, lines
+        made, lines = fresh()
+        return made, 0, task, lines
     task, moved = at_its_place(task, step, checkpoints.metadata(step))
     again = f"; it began with {start_from}, which is not read again" if start_from else ""
-    return checkpoints.restore(step, blue.state), step, task, [*skipped, f"resumed from step {step}{again}", *moved]
+    state = checkpoints.restore(step, blue.state)
+    return lambda: state, step, task, [*skipped, f"resumed from step {step}{again}", *moved]
