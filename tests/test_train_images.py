@@ -161,13 +161,13 @@ def test_a_latent_run_that_goes_on_or_is_started_from_measures_nothing_anew(kl, 
     cfg = config(LATENT | {"autoencoder_weights": str(kl / "weights")}, 2)
     folder = train.train(cfg, tmp_path / "latent")
     ran = Config.from_file(folder / "config.json").model.spec().autoencoder
-    assert "latents of" in capsys.readouterr().out
+    assert "; so latent_shift is" in capsys.readouterr().out
     cfg.training.steps = 4
     train.train(cfg, folder)
     # and a run that starts from it, autoencoder and all, has them from there
     start = config(LATENT, 1, start_from=str(folder), sample_images=0)
     began = train.train(start, tmp_path / "began")
-    assert "latents of" not in capsys.readouterr().out
+    assert "; so latent_" not in capsys.readouterr().out  # what is known is compared, and that is said
     for path in (folder, began):
         assert Config.from_file(path / "config.json").model.spec().autoencoder == ran
 
