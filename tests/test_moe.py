@@ -1,7 +1,9 @@
 """Mixture of experts: against the dense sum over experts and a simulation of capacities, written out in NumPy."""
 
 import dataclasses
+import functools
 import math
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -63,9 +65,10 @@ def weights_of(probability_SE, expert_SK, normalize=True):
     [{}, {"mlp": "geglu", "normalize_expert_weights": False}, {"experts_per_token": 1}, {"num_shared_experts": 2}],
     ids=str,
 )
-@pytest.mark.parametrize("path", ["by_blocks", "by_ragged_dot", "by_loop"])
+@pytest.mark.parametrize("path", ["by_blocks", "by_ragged_dot"])
 def test_dropless_is_the_dense_sum_over_experts(overrides, path, monkeypatch):
-    monkeypatch.setattr(experts, "by_blocks", getattr(experts, path))
+    product = getattr(experts, path)
+    monkeypatch.setattr(experts, "by_blocks", lambda *args, expected: product(*args))
     layer, x_BTD = layer_of(**overrides), inputs()
     cfg = layer.cfg
     outputs_SED, probability_SE, expert_SK = by_hand(layer, x_BTD)
@@ -83,14 +86,24 @@ def test_dropless_is_the_dense_sum_over_experts(overrides, path, monkeypatch):
     assert aux["dropped"] == 0
 
 
-def test_the_kernels_for_gpus_multiply_each_block_by_its_expert_and_nothing_behind_the_last():
+BY_LOOP = [functools.partial(experts.block_product, empty) for empty in get_args(experts.Empty)]
+
+
+@pytest.mark.parametrize(
+    "product",
+    [functools.partial(block_kernels.block_product, True), *BY_LOOP],
+    ids=["on GPUs", *get_args(experts.Empty)],
+)
+def test_each_block_is_multiplied_by_its_expert_and_nothing_comes_of_those_behind_the_last(product):
     rng = np.random.default_rng(0)
     x_bRD, g_bRF, kernel_EDF = (
         rng.normal(size=s).astype(np.float32) for s in ((5, 16, 128), (5, 16, 256), (4, 128, 256))
     )
     owner_b, end_E = np.int32([0, 0, 2, 3, 3]), np.int32([2, 2, 3, 4])  # expert 1 has no block, and block 4 is none's
-    kernel = lambda x, w: block_kernels.block_product(True, jnp.asarray(owner_b), jnp.asarray(end_E), x, w)  # noqa: E731
-    y_bRF, pull = jax.vjp(kernel, x_bRD, kernel_EDF)
+    if product is BY_LOOP[0]:
+        x_bRD[4] = g_bRF[4] = 0  # as they are where they are computed
+    ends = jnp.asarray(end_E if product not in BY_LOOP else end_E[-1])
+    y_bRF, pull = jax.vjp(lambda x, w: product(jnp.asarray(owner_b), ends, x, w), x_bRD, kernel_EDF)
     slopes = pull(jnp.asarray(g_bRF))
     sums_EDF = np.zeros_like(kernel_EDF)
     for b, expert in enumerate(owner_b[:4]):

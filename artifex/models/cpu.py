@@ -18,7 +18,6 @@ JOIN_FROM = 64  # rows from which one product of joined kernels pays, by 21 %; f
 TILES_BELOW = 2_048  # keys: with gradients blocks take 2.2 of the time of tiles at 256, 0.85 at 2,048, 0.67 at 4,096
 ATTENTION_BLOCK = 256  # queries and keys of a block: at 2,048 five sixths of the time of 512
 CONSTANT_POSITIONS = 2**15  # up to here sines and cosines are constants: XLA computes others again in every loop
-EXPERT_ROWS = 128  # rows that one expert multiplies at a time, at most: `ragged_dot` computes every expert on every row
 
 
 def layers_at_once(num_layers: int) -> int:
@@ -48,9 +47,3 @@ def positions(length: int) -> jax.Array | np.ndarray:
 def barrier(x: jax.Array) -> jax.Array:
     """x, computed once: an unrolled DiT is 1.7 times slower without it, as XLA computes the gated stream again."""
     return jax.lax.optimization_barrier(x) if current_execution().on_one_cpu else x
-
-
-def experts_by_blocks() -> bool:
-    """Whether each expert multiplies blocks of its own rows instead of `jax.lax.ragged_dot`: on any number of CPU
-    devices, for each has its own rows."""
-    return current_execution().platform == "cpu"

@@ -28,6 +28,7 @@ from artifex.models.transformer.experts import (
     ranked,
     served,
     sizes,
+    summed,
 )
 from artifex.models.transformer.feed_forward import GATES, GatedMLP
 from artifex.scaling import axes
@@ -213,7 +214,7 @@ def mixed(chosen_AD: jax.Array, weight_SK: jax.Array) -> jax.Array:
     """The weighted sum (S, D) of what its experts make of each token."""
     S, K = weight_SK.shape
     chosen_KSD = chosen_AD.reshape(K, S, -1)
-    return jnp.sum(chosen_KSD * weight_SK.T.astype(chosen_KSD.dtype)[..., None], axis=0)
+    return summed(chosen_KSD * weight_SK.T.astype(chosen_KSD.dtype)[..., None])
 
 
 def balance(logits_SE: jax.Array, size_E: jax.Array) -> dict[str, jax.Array]:
