@@ -29,7 +29,7 @@ def main() -> None:
 
 def compare(setup: setups.Setup, args: argparse.Namespace) -> report.Record:
     """Time all variants on one batch."""
-    variants = {"ours": Variant(ours, (setup,)), "bare JAX": Variant(bare_jax, (setup,))}
+    variants = {"ours": Variant(ours, (setup,)), "bare JAX": setups.bare(bare_jax, setup)}
     variants |= setups.in_torch(args, pytorch, (setup,))
     variants |= setups.against(args, variants["ours"])
     name = f"generation, {setup.batch} row{'s' * (setup.batch > 1)}"

@@ -74,7 +74,7 @@ def main() -> None:
 def compare(name: str, setup: ImageSetup, args: argparse.Namespace) -> report.Record:
     """Time all variants of one model."""
     print(f"\n{name}: {setup}")
-    variants = {"ours": Variant(ours, (setup,)), "bare JAX": Variant(bare_jax, (setup,))}
+    variants = {"ours": Variant(ours, (setup,)), "bare JAX": setups.bare(bare_jax, setup)}
     variants |= setups.in_torch(args, pytorch, (setup, False))
     if name != "dit":  # a transformer has no use for another layout
         variants |= setups.in_torch(args, pytorch, (setup, True), "PyTorch, channels last")

@@ -20,6 +20,7 @@ from workers import Built, Variant
 
 from artifex import models
 from artifex.models.transformer.config import DecoderConfig
+from artifex.scaling.execution import Execution
 
 # FLOP/s of dense bfloat16 products, by what the device calls itself
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -128,6 +129,13 @@ def add_rivals(options: argparse.ArgumentParser) -> None:
     options.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile")
     report.add_json(options)
     options.add_argument("--against", type=Path, metavar="PATH", help="also ours of another checkout of this project")
+
+
+def bare(build: Callable[..., Built], *args: Any) -> Variant:
+    """Bare JAX, with the compiler asked for what ours asks it for."""
+    wishes = Execution().compiler_options.items()
+    flags = [f"--{name}={value.removeprefix('LIBRARY_FUSION_TYPE_').lower()}" for name, value in wishes]
+    return Variant(build, args, environment={"XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()})
 
 
 def in_torch(

@@ -40,9 +40,9 @@ def compare(name: str, setup: setups.Setup, args: argparse.Namespace) -> report.
     variants = {"ours": Variant(ours, (setup, "auto")), "ours, scanned": Variant(ours, (setup, 1))}
     if not setup.decoder.num_experts:
         layouts = {"": {}, ", joined": {"join": True}, ", scanned": {"scan": True}}
-        variants |= {f"bare JAX{key}": Variant(bare_jax, (setup, layout)) for key, layout in layouts.items()}
+        variants |= {f"bare JAX{key}": setups.bare(bare_jax, setup, layout) for key, layout in layouts.items()}
         if setup.flash:
-            variants["bare JAX, cudnn"] = Variant(bare_jax, (setup, {"join": True}, "cudnn"))
+            variants["bare JAX, cudnn"] = setups.bare(bare_jax, setup, {"join": True}, "cudnn")
     variants |= setups.in_torch(args, pytorch, (setup,))
     variants |= setups.against(args, variants["ours"])
     tolerance = 1e-5 if setup.dtype == "float32" else 2e-2

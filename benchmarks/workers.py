@@ -41,12 +41,14 @@ class Built(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """What a worker runs: `build(*args)`, a function of a module's top level, by the package of the checkout `root`."""
+    """What a worker runs: `build(*args)`, a function of a module's top level, by the package of the checkout `root`,
+    in an environment that has `environment` besides."""
 
     build: Callable[..., Built]
     args: tuple[Any, ...]
     root: Path = ROOT
     python: str = sys.executable
+    environment: Mapping[str, str] = {}
 
 
 class Worker(NamedTuple):
@@ -82,7 +84,7 @@ def _start(stack: contextlib.ExitStack, name: str, variant: Variant) -> Worker:
     here, there = multiprocessing.Pipe()
     path = [str(variant.root), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     command = [variant.python, str(Path(__file__).resolve()), str(there.fileno())]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))} | variant.environment
     process = subprocess.Popen(command, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL, env=environment)
     there.close()
     stack.callback(_end, process)

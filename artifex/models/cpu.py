@@ -14,7 +14,7 @@ import numpy as np
 from artifex.scaling.execution import current_execution
 
 UNROLL_UP_TO = 16  # layers: unrolled a step takes a tenth less time than scanned, but its compile time grows with depth
-JOIN_FROM = 64  # rows from which one product of joined kernels pays, by 21 %; for 8 it costs a tenth of decoding
+JOIN_FROM = 64  # rows from which one product of joined kernels pays, by 21 %; for 8 YNNPACK decodes a tenth slower
 TILES_BELOW = 2_048  # keys: with gradients blocks take 2.2 of the time of tiles at 256, 0.85 at 2,048, 0.67 at 4,096
 ATTENTION_BLOCK = 256  # queries and keys of a block: at 2,048 five sixths of the time of 512
 CONSTANT_POSITIONS = 2**15  # up to here sines and cosines are constants: XLA computes others again in every loop
@@ -35,8 +35,10 @@ def merges_dims() -> bool:
 
 
 def joins(rows: int) -> bool:
-    """Whether several maps of the same `rows` are one product of their joined kernels. For 1 row it saves a tenth."""
-    return current_execution().on_one_cpu and not 1 < rows < JOIN_FROM
+    """Whether several maps of the same `rows` are one product of their joined kernels. For 1 row it saves a tenth, and
+    for 8 too where Eigen multiplies."""
+    how = current_execution()
+    return how.on_one_cpu and (not 1 < rows < JOIN_FROM or bool(how.compiler_options))
 
 
 def positions(length: int) -> jax.Array | np.ndarray:

@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh
 
-from artifex.scaling import axes, remat
+from artifex.scaling import axes, remat, xla_cpu
 
 Platform = Literal["cpu", "gpu", "tpu"]
 Attention = Literal["auto", "tiles", "blockwise", "splash", "cudnn"]
@@ -79,6 +81,11 @@ class Execution:
     def on_one_cpu(self) -> bool:
         """Whether what was measured to be fastest on one CPU device holds: see `artifex.models.cpu`."""
         return self.platform == "cpu" and (self.mesh is None or self.mesh.size == 1)
+
+    @property
+    def compiler_options(self) -> dict[str, str]:
+        """What the compiler is asked for; nothing but on one CPU device (`artifex.scaling.xla_cpu`)."""
+        return dict(xla_cpu.options()) if self.on_one_cpu else {}
 
 
 _EXECUTION: contextvars.ContextVar[Execution | None] = contextvars.ContextVar("artifex_execution", default=None)
@@ -141,16 +148,27 @@ def compiled(*static: str) -> Callable[[Callable], Callable]:
     """
 
     def decorate(function: Callable) -> Callable:
-        @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=static)
         def run(how: Execution, graphdef: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
             with execution(how):
                 return function(nnx.merge(graphdef, state), *args, **kwargs)
 
+        @functools.cache
+        def program(options: tuple[tuple[str, str], ...]) -> Any:
+            how = {"static_argnums": (0, 1), "static_argnames": static}
+            return jax.jit(run, compiler_options=dict(options) or None, **how)
+
         @functools.wraps(function)
         def call(model: Any, *args: Any, **kwargs: Any) -> Any:
             graphdef, state = nnx.split(model)
-            return run(current_execution(), graphdef, nnx.to_pure_dict(state), *args, **kwargs)
+            how, state = current_execution(), nnx.to_pure_dict(state)
+            options = () if _within_another((state, args, kwargs)) else tuple(how.compiler_options.items())
+            return program(options)(how, graphdef, state, *args, **kwargs)
 
         return call
 
     return decorate
+
+
+def _within_another(given: Any) -> bool:
+    """Whether another program is being traced: the compiler's options are then that one's, and JAX refuses others."""
+    return any(isinstance(leaf, Tracer) for leaf in (jnp.zeros(()), *jax.tree.leaves(given)))

@@ -120,6 +120,11 @@ class Blueprint:
         return self.plan.execution(self.mesh, unroll=how.unroll, attention=how.attention, **dtypes)
 
     @property
+    def compiler_options(self) -> dict[str, Any] | None:
+        """What the compiler is asked for in steps and evaluations; None for nothing."""
+        return {**self.execution.compiler_options, **self.collectives.options} or None
+
+    @property
     def collectives(self) -> Settings:
         """What the platform makes of the configuration's wishes about how devices talk."""
         return settings(self.config.collectives, platform_of(self.mesh), self.mesh)

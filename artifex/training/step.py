@@ -68,8 +68,8 @@ def make_step(blue: Blueprint) -> Callable[[TrainState, Batch], tuple[TrainState
 
     whole = NamedSharding(blue.mesh, PartitionSpec())
     # pinned: XLA would change the layout of some outputs, and a resumed run would no longer be bitwise equal
-    options = dict(blue.collectives.options) or None
-    return jax.jit(step, donate_argnums=0, out_shardings=(blue.shardings, whole), compiler_options=options)
+    how = {"out_shardings": (blue.shardings, whole), "compiler_options": blue.compiler_options}
+    return jax.jit(step, donate_argnums=0, **how)
 
 
 def _updates(moments: Any, step: jax.Array) -> jax.Array:
@@ -142,5 +142,5 @@ def make_evaluate(blue: Blueprint) -> Callable[..., Metrics]:
         weight = metrics.pop("weight")
         return {name: value * weight for name, value in (metrics | {"loss": mean}).items()} | {"weight": weight}
 
-    compiled = jax.jit(evaluate, compiler_options=dict(blue.collectives.options) or None)
+    compiled = jax.jit(evaluate, compiler_options=blue.compiler_options)
     return lambda state, batch, index=0: compiled(state.weights, state.weights_buffers, batch, np.int32(index))
