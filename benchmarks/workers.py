@@ -84,7 +84,7 @@ def _start(stack: contextlib.ExitStack, name: str, variant: Variant) -> Worker:
     here, there = multiprocessing.Pipe()
     path = [str(variant.root), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     command = [variant.python, str(Path(__file__).resolve()), str(there.fileno())]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))} | variant.environment
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))} | dict(variant.environment)
     process = subprocess.Popen(command, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL, env=environment)
     there.close()
     stack.callback(_end, process)
