@@ -114,6 +114,13 @@ def test_each_block_is_multiplied_by_its_expert_and_nothing_comes_of_those_behin
     assert not y_bRF[4].any() and not slopes[0][4].any() and not sums_EDF[1].any()
 
 
+def test_a_tokens_experts_in_bfloat16_are_added_before_they_are_rounded():
+    x_KSD = jax.random.normal(jax.random.key(0), (8, 64, 32), jnp.bfloat16)
+    exact_SD = np.asarray(x_KSD, np.float64).sum(0)
+    found_SD = np.asarray(jax.jit(experts.summed)(x_KSD), np.float64)
+    assert (np.abs(found_SD - exact_SD) <= 2.0**-8 * np.abs(exact_SD) + 1e-6).all()  # half of a unit in the last place
+
+
 @pytest.mark.parametrize("size", [1, 3, 40])
 def test_any_number_of_tokens_is_served(size):
     layer, x_BTD = layer_of(), inputs((1, size, 16))

@@ -2,7 +2,7 @@
 
 XLA of jax 0.10 and 0.12 leaves products and sums to YNNPACK. On a processor with AVX2 and without AVX-512 its products
 are slower than Eigen's, and each is built when it first runs: without them a training step takes 0.59 to 0.99 of the
-time, generation of 8 rows 0.88, and the first step ends 0.1 to 0.4 s earlier. Without its sums, compilation takes
+time, generation of 8 rows 0.88, and the first step ends up to 0.4 s earlier. Without its sums, compilation takes
 longer. Where a processor has AVX-512 nothing was measured, and XLA decides.
 """
 

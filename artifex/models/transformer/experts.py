@@ -220,8 +220,8 @@ def collect(y_ND: jax.Array, rows: Rows) -> jax.Array:
 
 
 def summed(x_KSD: jax.Array) -> jax.Array:
-    """The sum over K, term by term: on a CPU a tenth of the time of `jnp.sum`, which is far from vectorised."""
-    return functools.reduce(operator.add, list(x_KSD))
+    """The sum over K in float32, term by term: on a CPU a tenth of the time of `jnp.sum`."""
+    return functools.reduce(operator.add, list(x_KSD.astype(jnp.float32))).astype(x_KSD.dtype)
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
