@@ -14,6 +14,7 @@ from artifex.scaling import xla_cpu
 from artifex.scaling.execution import Execution
 from artifex.training.memory import compile_step
 from artifex.training.state import blueprint, planned
+from artifex.training.step import make_evaluate, make_step
 
 RUN = {
     "model": {"name": "llama-nano", "embed_dim": 64, "num_layers": 1, "vocab_size": 64, "sequence_length": 16},
@@ -76,6 +77,24 @@ def test_on_one_device_ynnpack_multiplies_only_what_is_summed_at_once(monkeypatc
 def test_on_a_mesh_nothing_is_asked_for(eigen):
     mesh = jax.make_mesh((8,), ("data",))
     assert Execution(mesh=mesh).compiler_options == {} and bool(Execution().compiler_options) == eigen
+
+
+def test_steps_and_evaluations_run_within_another_program_too(eigen):
+    blue, _ = step()
+    tokens = np.arange(8 * 17, dtype=np.int32).reshape(8, 17) % 64
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
+    run, evaluate = make_step(blue), make_evaluate(blue)
+
+    def twice(state):
+        for _ in range(2):
+            state, metrics = run(state, batch)
+        return metrics["loss"], evaluate(state, batch)["loss"]
+
+    within = jax.jit(twice)(blue.init())
+    np.testing.assert_allclose(within, twice(blue.init()), rtol=1e-6)
+    state = blue.init()
+    known = jax.jit(lambda: evaluate(state, batch)["loss"])()
+    np.testing.assert_allclose(known, evaluate(state, batch)["loss"], rtol=1e-6)
 
 
 def test_generation_gives_the_same_tokens_alone_and_within_another_program(eigen):

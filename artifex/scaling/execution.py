@@ -18,12 +18,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh
 
 from artifex.scaling import axes, remat, xla_cpu
+from artifex.scaling.program import Program
 
 Platform = Literal["cpu", "gpu", "tpu"]
 Attention = Literal["auto", "tiles", "blockwise", "splash", "cudnn"]
@@ -153,22 +152,15 @@ def compiled(*static: str) -> Callable[[Callable], Callable]:
                 return function(nnx.merge(graphdef, state), *args, **kwargs)
 
         @functools.cache
-        def program(options: tuple[tuple[str, str], ...]) -> Any:
-            how = {"static_argnums": (0, 1), "static_argnames": static}
-            return jax.jit(run, compiler_options=dict(options) or None, **how)
+        def program(options: tuple[tuple[str, str], ...]) -> Program:
+            return Program(run, dict(options), static_argnums=(0, 1), static_argnames=static)
 
         @functools.wraps(function)
         def call(model: Any, *args: Any, **kwargs: Any) -> Any:
             graphdef, state = nnx.split(model)
-            how, state = current_execution(), nnx.to_pure_dict(state)
-            options = () if _within_another((state, args, kwargs)) else tuple(how.compiler_options.items())
-            return program(options)(how, graphdef, state, *args, **kwargs)
+            how = current_execution()
+            return program(tuple(how.compiler_options.items()))(how, graphdef, nnx.to_pure_dict(state), *args, **kwargs)
 
         return call
 
     return decorate
-
-
-def _within_another(given: Any) -> bool:
-    """Whether another program is being traced: the compiler's options are then that one's, and JAX refuses others."""
-    return any(isinstance(leaf, Tracer) for leaf in (jnp.zeros(()), *jax.tree.leaves(given)))

@@ -14,6 +14,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from artifex.optim import make_schedule
+from artifex.scaling.program import Program
 from artifex.training import finite
 from artifex.training.freezing import join
 from artifex.training.pipelined import pipelined
@@ -25,7 +26,7 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-def make_step(blue: Blueprint) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def make_step(blue: Blueprint) -> Program:
     """`step(state, batch) -> (state, metrics)`, compiled on first use; the state's buffers are reused.
 
     Metrics are scalars: `loss`, `grad_norm` before clipping, `learning_rate`, what the model reports, and the number by
@@ -68,8 +69,7 @@ def make_step(blue: Blueprint) -> Callable[[TrainState, Batch], tuple[TrainState
 
     whole = NamedSharding(blue.mesh, PartitionSpec())
     # pinned: XLA would change the layout of some outputs, and a resumed run would no longer be bitwise equal
-    how = {"out_shardings": (blue.shardings, whole), "compiler_options": blue.compiler_options}
-    return jax.jit(step, donate_argnums=0, **how)
+    return Program(step, blue.compiler_options, donate_argnums=0, out_shardings=(blue.shardings, whole))
 
 
 def _updates(moments: Any, step: jax.Array) -> jax.Array:
@@ -142,5 +142,5 @@ def make_evaluate(blue: Blueprint) -> Callable[..., Metrics]:
         weight = metrics.pop("weight")
         return {name: value * weight for name, value in (metrics | {"loss": mean}).items()} | {"weight": weight}
 
-    compiled = jax.jit(evaluate, compiler_options=blue.compiler_options)
+    compiled = Program(evaluate, blue.compiler_options)
     return lambda state, batch, index=0: compiled(state.weights, state.weights_buffers, batch, np.int32(index))

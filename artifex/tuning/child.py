@@ -194,7 +194,7 @@ def build(say: Said, config: Mapping[str, Any], folder: str, known: list[str]) -
     os.environ.update(blue.collectives.environment)
     rows, data = batches(run, folder)
     shapes: Any = {name: (value.shape, value.dtype) for name, value in rows[0].items()}
-    lowered = make_step(blue).lower(blue.state, placed_batch(blue, shapes))  # pyright: ignore[reportFunctionMemberAccess]
+    lowered = make_step(blue).lower(blue.state, placed_batch(blue, shapes))
     program = hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]
     say(program=program)
     if program in known:
