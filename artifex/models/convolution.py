@@ -18,11 +18,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from artifex.models import cpu_convolution
+from artifex.models.cpu_convolution import NHWC
 from artifex.models.layers import parameter
 from artifex.models.module import Module
 from artifex.scaling import axes
+from artifex.scaling.execution import current_execution
 
-NHWC = ("NHWC", "HWIO", "NHWC")
 PIXELS = ("batch", "height", "width")
 
 
@@ -95,7 +97,13 @@ def convolve(x_BHWI: jax.Array, kernel: jax.Array, stride: int, padding: tuple[i
     """The convolution itself; one of a single pixel is a product of matrices."""
     if kernel.shape[:2] == (1, 1) and stride == 1:
         return jnp.tensordot(x_BHWI, kernel[0, 0], 1)
-    return jax.lax.conv_general_dilated(x_BHWI, kernel, (stride, stride), [padding, padding], dimension_numbers=NHWC)
+    return _convolve(x_BHWI, kernel, stride, (padding, padding))
+
+
+def _convolve(x_BHWI: jax.Array, kernel: jax.Array, stride: int, padding: cpu_convolution.Padding) -> jax.Array:
+    if current_execution().on_one_cpu:
+        return cpu_convolution.convolve(x_BHWI, kernel, stride, padding)
+    return jax.lax.conv_general_dilated(x_BHWI, kernel, (stride, stride), padding, dimension_numbers=NHWC)
 
 
 class GroupNorm(Module):
@@ -192,9 +200,6 @@ def phase_convolve(x_BHWI: jax.Array, taps: Sequence[Sequence[jax.Array]]) -> ja
     for row in range(2):
         phases = []
         for column in range(2):
-            padding = [(1 - row, row), (1 - column, column)]
-            phases.append(
-                jax.lax.conv_general_dilated(x_BHWI, taps[row][column], (1, 1), padding, dimension_numbers=NHWC)
-            )
+            phases.append(_convolve(x_BHWI, taps[row][column], 1, ((1 - row, row), (1 - column, column))))
         rows.append(jnp.stack(phases, axis=3))
     return jnp.stack(rows, axis=2).reshape(B, 2 * H, 2 * W, -1)  # (B, H, row, W, column, O)
