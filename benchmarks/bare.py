@@ -188,11 +188,14 @@ def generate(params: Tree, prompt_BP: jax.Array, *, num_tokens: int, heads: int,
         here = turns and tuple(jax.lax.dynamic_slice_in_dim(jnp.asarray(table), at, count) for table in turns)
 
         def mix(cache: tuple | None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple]:
+            new = [kept.swapaxes(1, 2) for kept in (k, v)]
+            if len(prompt_BP) == 1:  # a dim of one row makes XLA copy each cache instead of writing in place
+                new = [kept[0] for kept in new]
             if cache is None:  # the prompt
-                pad = ((0, 0), (0, 0), (0, length - count), (0, 0))
-                return causal(q, k, v), (jnp.pad(k.swapaxes(1, 2), pad), jnp.pad(v.swapaxes(1, 2), pad))
-            put = jax.lax.dynamic_update_slice_in_dim
-            keys, values = (put(old, new.swapaxes(1, 2), at, 2) for old, new in zip(cache, (k, v), strict=True))
+                pad = ((0, 0),) * (new[0].ndim - 2) + ((0, length - count), (0, 0))
+                return causal(q, k, v), tuple(jnp.pad(kept, pad) for kept in new)
+            put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=at, axis=-2)
+            keys, values = (put(old, kept) for old, kept in zip(cache, new, strict=True))
             bias_TS = jnp.where(jnp.arange(length) <= at, 0.0, HIDDEN)[None]
             return attend(q.swapaxes(1, 2), keys, values, bias_TS).swapaxes(1, 2), (keys, values)
 

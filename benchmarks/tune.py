@@ -29,6 +29,7 @@ from artifex.tuning.standing import Spanned
 from artifex.tuning.ways import Way
 
 SECONDS = 0.5  # of a call, about
+CONFIGS = Path(__file__).parents[1] / "configs"
 ALL = (
     "quickstart linear_stdlib masked_diffusion_stdlib moe_stdlib vae_digits vq_digits kl_digits diffusion_digits "
     "dit_digits latent_diffusion_digits"
@@ -43,7 +44,7 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=15, help="times that each is timed again")
     options.add_argument("--out", help="folder of the tunes, which go on there; by default they are made anew")
     args = options.parse_args()
-    names = args.configs + [f"configs/{name}.yaml" for name in ALL.split() if args.all]
+    names = args.configs + [str(CONFIGS / f"{name}.yaml") for name in ALL.split() if args.all]
     if not names:
         options.error("name some configurations, or give --all")
     print(setups.machine(), flush=True)

@@ -299,11 +299,11 @@ def test_loss_is_the_cross_entropy_of_the_softmax(model):
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("prompt_length", [1, 7, 33])
-def test_greedy_decoding_equals_running_the_whole_prefix_each_time(model, prompt_length):
-    prompt = ids((2, prompt_length))
+@pytest.mark.parametrize(("rows", "prompt_length"), [(2, 1), (1, 7), (2, 33), (1, 33)])
+def test_greedy_decoding_equals_running_the_whole_prefix_each_time(model, rows, prompt_length):
+    prompt = ids((rows, prompt_length))
     got = model.sample(jax.random.key(0), prompt=prompt, num_tokens=12, temperature=0)
-    tokens = jnp.zeros((2, 48), prompt.dtype).at[:, :prompt_length].set(prompt)
+    tokens = jnp.zeros((rows, 48), prompt.dtype).at[:, :prompt_length].set(prompt)
     for at in range(prompt_length, prompt_length + 12):  # later positions are zeros: the past does not see them
         tokens = tokens.at[:, at].set(jnp.argmax(forward(model, tokens)[:, at - 1], axis=-1))
     np.testing.assert_array_equal(got, tokens[:, prompt_length : prompt_length + 12])

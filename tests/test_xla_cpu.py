@@ -106,3 +106,20 @@ def test_generation_gives_the_same_tokens_alone_and_within_another_program(eigen
     np.testing.assert_array_equal(jax.jit(lambda: draw(prompt))(), alone)
     shapes = jax.eval_shape(draw, prompt)
     assert shapes.shape == alone.shape
+
+
+@pytest.mark.parametrize(("rows", "heads"), [(1, 2), (1, 1), (3, 2), (3, 1)])
+def test_a_token_is_written_to_the_caches_in_place(rows, heads, eigen):
+    """Copies of a layer's keys and values took a tenth of a token's time."""
+    how = {"embed_dim": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": heads, "vocab_size": 64}
+    graphdef, state = nnx.split(DecoderConfig(**how, sequence_length=64).build(nnx.Rngs(0)))
+    prompt = np.arange(rows * 3, dtype=np.int32).reshape(rows, 3)
+
+    def draw(state):
+        return nnx.merge(graphdef, state).sample(jax.random.key(0), prompt=prompt, num_tokens=8, temperature=0)
+
+    text = jax.jit(draw, compiler_options=Execution().compiler_options).lower(state).compile().as_text()
+    (loop,) = re.findall(r" while\(.*body=(%[\w.]+)", text)
+    body = re.search(rf"^{re.escape(loop)} [^\n]*\{{\n(.*?)^\}}", text, re.MULTILINE | re.DOTALL)[1]
+    assert len(re.findall(r"dynamic-update-slice\S* = .* fusion\(", body)) == 2 * 2 + 1  # of a layer keys and values
+    assert re.findall(r"= f32\S* copy\(", body) == []

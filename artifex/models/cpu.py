@@ -41,6 +41,12 @@ def joins(rows: int) -> bool:
     return how.on_one_cpu and (not 1 < rows < JOIN_FROM or bool(how.compiler_options))
 
 
+def held_dims(*sizes: int) -> tuple[int, ...]:
+    """Which of these dims of a cache it has, those of its products: without rows of 1 XLA writes a token in place, and
+    with them it copies the cache of each layer four times."""
+    return tuple(size for size in sizes if size > 1) if current_execution().on_one_cpu else sizes
+
+
 def positions(length: int) -> jax.Array | np.ndarray:
     """0 to `length` - 1: numbers of the program, or on one CPU device constants of it."""
     return (np if current_execution().on_one_cpu and length <= CONSTANT_POSITIONS else jnp).arange(length)

@@ -262,21 +262,32 @@ def rope_frequencies(head_dim: int, theta: float, factor: float = 1.0, original_
     return (frequencies * (keep + (1 - keep) / factor)).astype(np.float32)
 
 
-def rope(x: jax.Array, positions: jax.Array | np.ndarray, frequencies: np.ndarray) -> jax.Array:
+def rope(
+    x: jax.Array, positions: jax.Array | np.ndarray, frequencies: np.ndarray, below: int | None = None
+) -> jax.Array:
     """Turn the pairs (i, i + H/2) of x (B, T, ..., H) by position, (T,) or (B, T), times frequency.
 
     NumPy positions make sines and cosines constants of the program; of others, XLA computes them again in every loop
-    that reads them.
+    that reads them. Where all are known to be `below` a number, they are looked up on one CPU device.
     """
-    xp = np if isinstance(positions, np.ndarray) else jnp
-    # float32: bfloat16 rounds 257 to 256, and sin(257) != sin(256)
-    angles = positions.astype(np.float32)[..., None] * frequencies.reshape(*(1,) * positions.ndim, -1)
-    shape = (*positions.shape, *(1,) * (x.ndim - 3), angles.shape[-1])
+    cos, sin = _turns(positions, frequencies, below)
+    shape = (*positions.shape, *(1,) * (x.ndim - 3), cos.shape[-1])
     shape = shape if positions.ndim == 2 else (1, *shape)
-    cos, sin = xp.cos(angles).reshape(shape), xp.sin(angles).reshape(shape)
+    cos, sin = cos.reshape(shape), sin.reshape(shape)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
+
+
+def _turns(positions: jax.Array | np.ndarray, frequencies: np.ndarray, below: int | None) -> tuple[Any, Any]:
+    """Cosines and sines (..., H/2) of positions (...) times frequency."""
+    if below is not None and isinstance(every := cpu.positions(below), np.ndarray):
+        cos, sin = _turns(every, frequencies, None)
+        return jnp.asarray(cos)[positions], jnp.asarray(sin)[positions]
+    xp = np if isinstance(positions, np.ndarray) else jnp
+    # float32: bfloat16 rounds 257 to 256, and sin(257) != sin(256)
+    angles = positions.astype(np.float32)[..., None] * frequencies.reshape(*(1,) * positions.ndim, -1)
+    return xp.cos(angles), xp.sin(angles)
 
 
 def dropout(

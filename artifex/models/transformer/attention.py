@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from artifex.models import layers
+from artifex.models import cpu, layers
 from artifex.models.attention import dot_product_attention
 from artifex.models.attention.tiles import attend
 from artifex.models.module import Module
@@ -21,6 +20,7 @@ from artifex.models.transformer.config import DecoderConfig
 from artifex.models.transformer.norms import rms_norm
 from artifex.models.transformer.positions import Positions
 from artifex.scaling import axes
+from artifex.scaling.execution import current_execution
 
 
 class Place(NamedTuple):
@@ -36,7 +36,8 @@ class Place(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions seen so far, of one layer (B, K, S, H) or of several (L, B, K, S, H).
+    """Keys and values of the positions seen so far, of one layer (B, K, S, H) or of several (L, B, K, S, H); of B and K
+    on one CPU device those that are not 1 (`cpu.held_dims`).
 
     Position p is in row p % S: of more than S positions the newest S are kept, which is all that a window of S sees.
     """
@@ -48,12 +49,14 @@ class Cache(NamedTuple):
         """The cache with these positions filled in, in place."""
         return Cache(_put(self.key, key_BTKH, at), _put(self.value, value_BTKH, at)).sharded()
 
-    def read(self, layer: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def read(self, layer: jax.Array | None, batch: int, heads: int) -> tuple[jax.Array, jax.Array]:
         """Keys and values (B, K, S, H) of a layer."""
-        if layer is None:
-            return self.key, self.value
-        take = jax.lax.dynamic_index_in_dim
-        return take(self.key, layer, keepdims=False), take(self.value, layer, keepdims=False)
+
+        def of_layer(rows: jax.Array) -> jax.Array:
+            rows = rows if layer is None else jax.lax.dynamic_index_in_dim(rows, layer, keepdims=False)
+            return rows.reshape(batch, heads, *rows.shape[-2:])
+
+        return of_layer(self.key), of_layer(self.value)
 
     def seen(self, position: jax.Array | int) -> jax.Array:
         """(1, S): which rows hold positions up to `position`, the newest one; from S on all of them do."""
@@ -61,22 +64,24 @@ class Cache(NamedTuple):
 
     def sharded(self) -> Cache:
         """Laid out by the names of its dims."""
+        if current_execution().on_one_cpu:
+            return self
         names = (None,) * (self.key.ndim - 4) + ("batch", "act_kv_heads", None, None)
         return Cache(axes.shard(self.key, *names), axes.shard(self.value, *names))
 
 
 def _put(rows: jax.Array, new_BTKH: jax.Array, at: Place) -> jax.Array:
     """`rows`, of one layer or several, with the positions from `at.start` on replaced."""
-    S, T = rows.shape[-2], new_BTKH.shape[1]
+    S, T, H = rows.shape[-2], new_BTKH.shape[1], new_BTKH.shape[3]
     first = at.start % S
     if T > S:  # of a prompt beyond the window, the newest valid ones; a row before all of them is hidden by `seen`
         row_S = jnp.arange(S)
         kept_S = at.valid - 1 - (at.valid - 1 - row_S) % S
         new_BTKH, first = jnp.take(new_BTKH, jnp.maximum(kept_S, 0), axis=1), 0
-    new_BKTH = new_BTKH.swapaxes(1, 2).astype(rows.dtype)
-    if at.layer is None:
-        return jax.lax.dynamic_update_slice_in_dim(rows, new_BKTH, first, 2)
-    return jax.lax.dynamic_update_slice(rows, new_BKTH[None], (at.layer, 0, 0, first, 0))
+    which = () if at.layer is None else (at.layer,)
+    held = rows.shape[len(which) : -2]
+    new = new_BTKH.swapaxes(1, 2).astype(rows.dtype).reshape(*(1 for _ in which), *held, -1, H)
+    return jax.lax.dynamic_update_slice(rows, new, (*which, *(0 for _ in held), first, 0))
 
 
 def projections(cfg: DecoderConfig, rngs: nnx.Rngs) -> tuple[layers.Linear, ...]:
@@ -113,7 +118,7 @@ class Attention(Module):
     ) -> Cache:
         """Room for `length` positions of one layer, or of so many, or for the `window` newest of them."""
         rows = length if window is None else min(window, length)
-        shape = (batch, cfg.kv_heads, rows, cfg.per_head)
+        shape = (*cpu.held_dims(batch, cfg.kv_heads), rows, cfg.per_head)
         zeros = jnp.zeros(shape if layers is None else (layers, *shape), dtype)
         return Cache(zeros, zeros).sharded()
 
@@ -128,7 +133,7 @@ class Attention(Module):
 
         Where padding follows a prompt, its keys stay behind every query until they are overwritten.
         """
-        query_BTNH, key_BTKH, value_BTKH = self.project(x_BTD, positions.index)
+        query_BTNH, key_BTKH, value_BTKH = self.project(x_BTD, positions)
         bounds: dict[str, Any] = {"softcap": self.cfg.attention_softcap, "scale": self.cfg.query_scale}
         if cache is not None and at is not None:
             cache = cache.write(key_BTKH, value_BTKH, at)
@@ -139,13 +144,12 @@ class Attention(Module):
         else:
             B, T, K, H = key_BTKH.shape
             query_BKGTH = query_BTNH.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4)
-            mixed_BKGTH = attend(query_BKGTH, *cache.read(at.layer), cache.seen(at.start), **bounds)
+            mixed_BKGTH = attend(query_BKGTH, *cache.read(at.layer, B, K), cache.seen(at.start), **bounds)
             mixed_BTNH = mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(query_BTNH.shape)
         return self.out(axes.shard(mixed_BTNH, "batch", "sequence", "act_heads", None)), cache
 
-    def project(self, x_BTD: jax.Array, index: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries (B, T, N, H), keys and values (B, T, K, H), normed and turned by their positions if so configured;
-        `index` is (T,) or (B, T)."""
+    def project(self, x_BTD: jax.Array, positions: Positions) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries (B, T, N, H), keys and values (B, T, K, H), normed and turned by their positions if so configured."""
         query_BTNH, key_BTKH, value_BTKH = layers.fused(x_BTD, self.query, self.key, self.value)
         query_BTNH = axes.shard(query_BTNH, "batch", "sequence", "act_heads", None)
         key_BTKH = axes.shard(key_BTKH, "batch", "sequence", "act_kv_heads", None)
@@ -153,13 +157,5 @@ class Attention(Module):
         if self.cfg.qk_norm:
             query_BTNH, key_BTKH = self.query_norm(query_BTNH), self.key_norm(key_BTKH)
         if self.cfg.positions == "rope":
-            query_BTNH, key_BTKH = self.turn(query_BTNH, index), self.turn(key_BTKH, index)
+            query_BTNH, key_BTKH = (positions.turned(self.cfg, x) for x in (query_BTNH, key_BTKH))
         return tuple(checkpoint_name(x, "qkv") for x in (query_BTNH, key_BTKH, value_BTKH))
-
-    def turn(self, x: jax.Array, index: jax.Array | np.ndarray) -> jax.Array:
-        """Rotary positions on (B, T, ..., H)."""
-        cfg = self.cfg
-        frequencies = layers.rope_frequencies(
-            cfg.per_head, cfg.rope_theta, cfg.rope_scaling_factor, cfg.rope_original_length
-        )
-        return layers.rope(x, index, frequencies)

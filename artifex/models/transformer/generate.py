@@ -85,7 +85,7 @@ def _generate(
     def forward(tokens_BT: jax.Array, caches: Any, start: int | jax.Array, valid: int | jax.Array):
         """Logits (B, V) after the first `valid` of `tokens_BT`, which stand at positions `start` on, and the caches."""
         positions_T = start + jnp.arange(tokens_BT.shape[1])
-        places = Positions(positions_T)
+        places = Positions(positions_T, below=room + num_tokens)
         x_BTD, caches = run(model.embed_tokens(tokens_BT, positions_T), caches, places, start, valid)
         x_B1D = jax.lax.dynamic_slice_in_dim(x_BTD, valid - 1, 1, axis=1)
         return model.read_out(x_B1D)[:, 0], caches

@@ -71,7 +71,7 @@ class LinearAttention(Module):
         state = cache
         if cache is not None and at is not None and at.layer is not None:
             state = State(cache.sum[at.layer])
-        qkv, begins_BT = self.project(x_BTD, positions.index), positions.begins_BT
+        qkv, begins_BT = self.project(x_BTD, positions), positions.begins_BT
         if cache is None and sequence_parts(*qkv[0].shape[:3]) > 1:
             mixed_BTNH = mixed_by_parts(*qkv, np.log(decays(self.cfg.kv_heads)), begins_BT)
         else:
@@ -85,7 +85,7 @@ class LinearAttention(Module):
             state = State(cache.sum.at[at.layer].set(state.sum))
         return y_BTD, state.sharded()
 
-    def project(self, x_BTD: jax.Array, index: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x_BTD: jax.Array, positions: Positions) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries (B, T, N, H) and keys (B, T, K, H), mapped by f and turned if the model is rotary, and values."""
         query_BTNH, key_BTKH, value_BTKH = layers.fused(x_BTD, self.query, self.key, self.value)
         query_BTNH = axes.shard(query_BTNH, "batch", "sequence", "act_heads", None)
@@ -93,11 +93,7 @@ class LinearAttention(Module):
         value_BTKH = axes.shard(value_BTKH, "batch", "sequence", "act_kv_heads", None)
         query_BTNH, key_BTKH = jax.nn.elu(query_BTNH) + 1, jax.nn.elu(key_BTKH) + 1
         if self.cfg.positions == "rope":
-            frequencies = layers.rope_frequencies(
-                self.cfg.per_head, self.cfg.rope_theta, self.cfg.rope_scaling_factor, self.cfg.rope_original_length
-            )
-            query_BTNH = layers.rope(query_BTNH, index, frequencies)
-            key_BTKH = layers.rope(key_BTKH, index, frequencies)
+            query_BTNH, key_BTKH = (positions.turned(self.cfg, x) for x in (query_BTNH, key_BTKH))
         key_BTKH = key_BTKH * self.cfg.per_head**-0.5
         return tuple(checkpoint_name(x, "qkv") for x in (query_BTNH, key_BTKH, value_BTKH))
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from artifex.models import cpu
+from artifex.models import cpu, layers
 from artifex.models.attention import sequence_parts
 from artifex.models.attention.ring import Order
 from artifex.models.attention.zigzag import from_zigzag, to_zigzag
@@ -25,11 +25,12 @@ from artifex.scaling.execution import current_execution
 class Positions:
     """`index`: the place of each token in its document, (T,) where all rows are alike, or (B, T). `segments`: (B, T),
     the documents, which do not see each other, or None for one a row. `parts`: in whose zigzag order the tokens lie;
-    1 is the order as it is."""
+    1 is the order as it is. `below`: what every index is known to be less than, or None."""
 
     index: jax.Array | np.ndarray
     segments: jax.Array | None = None
     parts: int = dataclasses.field(default=1, metadata={"static": True})
+    below: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def order(self) -> Order:
@@ -40,6 +41,11 @@ class Positions:
     def begins_BT(self) -> jax.Array | None:
         """Whether another document than that of the token before begins here; None for one document a row."""
         return None if self.segments is None else begins(self.segments)
+
+    def turned(self, cfg: DecoderConfig, x: jax.Array) -> jax.Array:
+        """`x` (B, T, ..., H), queries or keys, with rotary positions."""
+        how = (cfg.per_head, cfg.rope_theta, cfg.rope_scaling_factor, cfg.rope_original_length)
+        return layers.rope(x, self.index, layers.rope_frequencies(*how), self.below)
 
     def arranged(self, x: Any) -> Any:
         """`x` (B, T, ...), or None, in the order of the stream."""
