@@ -10,6 +10,11 @@ time to import is imported inside the functions.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what takes time to import
+    from artifex.host_memory import begin_again
+
+    begin_again()
+
 import dataclasses
 import sys
 import tempfile

@@ -7,6 +7,11 @@ come without JAX.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what takes time to import
+    from artifex.host_memory import begin_again
+
+    begin_again()
+
 import math
 import time
 from pathlib import Path

@@ -24,6 +24,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from artifex import host_memory
+
 ROOT = Path(__file__).resolve().parents[1]
 PAUSE = 0.2  # seconds before each turn: threads of JAX and PyTorch were seen to spin for up to 20 ms after a call
 WARMUP = 2  # calls: the first compiles for the arrays it is given, the second for those that the first returned
@@ -84,7 +86,8 @@ def _start(stack: contextlib.ExitStack, name: str, variant: Variant) -> Worker:
     here, there = multiprocessing.Pipe()
     path = [str(variant.root), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     command = [variant.python, str(Path(__file__).resolve()), str(there.fileno())]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))} | dict(variant.environment)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    environment |= {**host_memory.environment(), **variant.environment}
     process = subprocess.Popen(command, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL, env=environment)
     there.close()
     stack.callback(_end, process)

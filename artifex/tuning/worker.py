@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from artifex import host_memory
+
 CHILD = "from artifex.tuning.child import serve; serve()"
 POLL = 0.1  # seconds
 
@@ -41,7 +43,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=printed,
-                env=os.environ | environment,
+                env=os.environ | host_memory.environment() | environment,
                 start_new_session=True,
             )
         self.started = time.monotonic()
