@@ -15,6 +15,7 @@ from pathlib import Path
 VARIABLE, TUNABLE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
 SINCE = (2, 35)  # of glibc
 OFFERED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+DEBUGGERS = ("pydevd", "debugpy")
 DEVICES, ACCELERATORS = Path("/dev"), ("nvidia[0-9]*", "kfd", "accel*", "vfio/[0-9]*")
 
 
@@ -29,7 +30,8 @@ def environment() -> dict[str, str]:
 
 def begin_again() -> None:
     """Replace this process, in its first lines, by the same command with `environment()`, unless a debugger has it."""
-    if (wanted := environment()) and sys.executable and sys.gettrace() is None:
+    debugged = sys.gettrace() is not None or any(name in sys.modules for name in DEBUGGERS)
+    if (wanted := environment()) and sys.executable and not debugged:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | wanted)
 
 

@@ -24,8 +24,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from artifex import host_memory
-
 ROOT = Path(__file__).resolve().parents[1]
 PAUSE = 0.2  # seconds before each turn: threads of JAX and PyTorch were seen to spin for up to 20 ms after a call
 WARMUP = 2  # calls: the first compiles for the arrays it is given, the second for those that the first returned
@@ -83,6 +81,8 @@ def started(variants: Mapping[str, Variant], failed: dict[str, str] | None = Non
 
 
 def _start(stack: contextlib.ExitStack, name: str, variant: Variant) -> Worker:
+    from artifex import host_memory  # whoever only reads what was measured needs no package
+
     here, there = multiprocessing.Pipe()
     path = [str(variant.root), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     command = [variant.python, str(Path(__file__).resolve()), str(there.fileno())]
