@@ -85,7 +85,7 @@ def compare(name: str, setup: ImageSetup, args: argparse.Namespace) -> report.Re
 
 def our_blueprint(setup: ImageSetup) -> Blueprint:
     model = {"name": setup.preset, **setup.overrides}
-    settings = {"batch_size": setup.batch, "compute_dtype": setup.dtype}
+    settings = {"batch_size": setup.batch, "compute_dtype": setup.dtype, "remat": setup.remat}
     return package.build(model, {"source": "digits"}, settings, RATE)
 
 

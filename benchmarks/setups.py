@@ -28,7 +28,7 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A preset with other sizes, how much a step reads, and how much is decoded."""
+    """A preset with other sizes, how much a step reads, how much is decoded, and ours' remat."""
 
     preset: str
     overrides: dict[str, Any]
@@ -37,6 +37,7 @@ class Setup:
     dtype: str = "float32"
     prompt: int = 32
     new_tokens: int = 128
+    remat: str = "none"
 
     @property
     def decoder(self) -> DecoderConfig:
@@ -67,12 +68,13 @@ class Setup:
 
 @dataclasses.dataclass(frozen=True)
 class ImageSetup:
-    """A preset of an image model with other sizes, the images of a step, and the dtype of compute."""
+    """A preset of an image model with other sizes, the images of a step, the dtype of compute, and ours' remat."""
 
     preset: str
     overrides: dict[str, Any]
     batch: int
     dtype: str = "float32"
+    remat: str = "none"
 
 
 SETUPS = {

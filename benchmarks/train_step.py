@@ -73,7 +73,7 @@ def batch(setup: setups.Setup) -> tuple[np.ndarray, np.ndarray]:
 
 def our_blueprint(setup: setups.Setup, unroll: int | str) -> Blueprint:
     model, data = {"name": setup.preset, **setup.overrides}, {"sequence_length": setup.sequence}
-    settings = {"batch_size": setup.batch, "compute_dtype": setup.dtype, "unroll": unroll}
+    settings = {"batch_size": setup.batch, "compute_dtype": setup.dtype, "unroll": unroll, "remat": setup.remat}
     return package.build(model, data, settings, RATE)
 
 

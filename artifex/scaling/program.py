@@ -21,8 +21,8 @@ class Program:
         self._alone = jax.jit(function, compiler_options=dict(options), **how) if options else self._within
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        same = self._alone is self._within or not _is_traced(args, kwargs)
-        return (self._alone if same else self._within)(*args, **kwargs)
+        within = self._alone is not self._within and _is_traced(args, kwargs)
+        return (self._within if within else self._alone)(*args, **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """As `jax.stages.Wrapped.lower`, for a program of its own."""
