@@ -230,7 +230,7 @@ def test_step_traces_once_and_reuses_its_buffers():
     first = state.params["embed"]["table"]
     for index in range(3):
         state, _ = step(state, jax.device_put(batch(index), blue.batch_sharding(batch(index))))
-    assert step._cache_size() == 1 and first.is_deleted()
+    assert step.num_compiled() == 1 and first.is_deleted()
 
 
 def test_evaluation_adds_up_to_the_mean_over_targets(one_device):

@@ -90,7 +90,7 @@ def trained(blue, steps: int):
     for batch in batches(blue.config.model.reads)[:steps]:
         state, metrics = step(state, jax.device_put(batch, blue.batch_sharding(batch)))
         losses.append(float(metrics["loss"]))
-    assert step._cache_size() == 1, "traced once"
+    assert step.num_compiled() == 1, "traced once"
     return state, losses, fresh
 
 

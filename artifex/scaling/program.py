@@ -17,8 +17,8 @@ class Program:
     """
 
     def __init__(self, function: Callable, options: Mapping[str, Any] | None, **how: Any) -> None:
-        self._within = jax.jit(function, **how)
-        self._alone = jax.jit(function, compiler_options=dict(options), **how) if options else self._within
+        self._within: Any = jax.jit(function, **how)
+        self._alone: Any = jax.jit(function, compiler_options=dict(options), **how) if options else self._within
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         within = self._alone is not self._within and _is_traced(args, kwargs)
@@ -31,6 +31,10 @@ class Program:
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """As `jax.stages.Wrapped.trace`, for a program of its own."""
         return self._alone.trace(*args, **kwargs)
+
+    def num_compiled(self) -> int:
+        """How many kinds of arguments it was called with, by themselves: each is a program."""
+        return self._alone._cache_size()
 
 
 def _is_traced(*given: Any) -> bool:
